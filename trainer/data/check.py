@@ -58,6 +58,10 @@ def check(path: str | Path, tick: Callable[[int], None] = lambda n: None) -> lis
                 faults += _contents(shard, is_tar, dataset)
             except UserError as e:
                 faults.append(str(e))
+    if dataset.manifest["report"].get("text"):
+        from forescale.data.prepare.parquet import table_faults  # with pyarrow
+
+        faults += table_faults(Path(path), dataset.manifest)
     return list(dict.fromkeys(faults))
 
 

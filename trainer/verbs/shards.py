@@ -62,6 +62,8 @@ class ShardsJob(Job):
     # fraction of the documents held out for validation
     validation_fraction: float = key(0.01, ge=0, le=0.5, common=True)
     seed: int = key(1337, ge=0, common=True)  # seed for shuffling the documents
+    # write the text too, with addresses and scores, as text-*.parquet in the dataset
+    parquet: bool = key(False, common=True)
     curate: Curation = section(Curation)
     # number of processes; null: the CPUs available to this process
     workers: int | None = key(None, ge=1, common=True)
@@ -140,7 +142,7 @@ def output_of(job: ShardsJob) -> Path:
 def source_of(job: ShardsJob) -> Files:
     """Return the documents of the job. Raises UserError if an input isn't there."""
     policy = Policy(job.undecodable, job.empty, job.long, job.max_document_bytes)
-    url_key = "" if job.curate.is_empty else job.curate.url_key
+    url_key = "" if job.curate.is_empty and not job.parquet else job.curate.url_key
     return Files(job.input, job.text_key, policy, None, job.suffixes, url_key)
 
 
@@ -159,6 +161,7 @@ def build_config(job: ShardsJob) -> BuildConfig:
         seed=job.seed,
         shard_tokens=job.shard_tokens,
         member_tokens=job.member_tokens,
+        parquet=job.parquet,
     )
 
 

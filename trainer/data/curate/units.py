@@ -1,7 +1,8 @@
 """The first phase of a curated build: each unit of the source goes through the steps once, and the
 text that they keep is stored in the work directory, compressed, for all later phases.
 
-    curated/000012    blocks of text (stored.py); facts: blocks, tally, report of what was left out
+    curated/000012    blocks of text (stored.py); facts: blocks, tally, attributes, report of what
+                      was left out
 
 Invariant: the documents of Curated are those that the steps keep of the source's, in source order;
 each that is dropped is in its tally and its report.
@@ -35,6 +36,7 @@ def curate_unit(
     for name in curation.names:
         tally.step(name)
     raw, left = hashlib.sha256(), unit.size
+    kinds: dict[str, bool] = {}
     with UnitWriter(path) as out:
         blocks = Blocks(out)
         for document in source.read(unit, report):
@@ -46,6 +48,7 @@ def curate_unit(
                 if not curation.compares:  # else it may still go
                     tally.remains(draft, len(text))
                 blocks.add(draft, text)
+                _add_kinds(kinds, {k: isinstance(v, str) for k, v in draft.attributes.items()})
             step = min(left, len(document.text))
             left -= step
             tick(step, 0)
@@ -55,9 +58,15 @@ def curate_unit(
                 "blocks": blocks.finish(),
                 "raw": raw.hexdigest(),
                 "tally": tally.as_dict(),
+                "attributes": kinds,
                 "report": asdict(report),
             }
         )
+
+
+def _add_kinds(kinds: dict[str, bool], others: dict[str, bool]) -> None:
+    for name, is_text in others.items():
+        kinds[name] = is_text or kinds.get(name, False)
 
 
 def _through(
@@ -106,13 +115,21 @@ class Curated:
             if reason:
                 report.add(reason, draft.name)
             else:
-                yield Document(draft.name, text, draft.url)
+                yield Document(draft.name, text, draft.url, draft.attributes)
 
     def state(self) -> Iterator[tuple[Any, ...]]:
         yield from self.source.state()
 
     def describe(self) -> dict[str, Any]:
         return {**self.source.describe(), "curation": self.curation.describe()}
+
+
+def attributes_of(directory: Path, count: int) -> dict[str, bool]:
+    """Return the attributes that documents of a build have, and of each whether it is a text."""
+    kinds: dict[str, bool] = {}
+    for number in range(count):
+        _add_kinds(kinds, facts(directory / f"{number:06d}")["attributes"])
+    return kinds
 
 
 def tally_of(directory: Path, count: int) -> Tally:

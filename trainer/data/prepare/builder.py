@@ -34,7 +34,7 @@ import numpy as np
 
 from forescale.data.curate.across import Across
 from forescale.data.curate.curation import Curation
-from forescale.data.curate.units import Curated, curate_unit, tally_of
+from forescale.data.curate.units import Curated, attributes_of, curate_unit, tally_of
 from forescale.data.dataset import CURATION, ORIGINS
 from forescale.data.prepare.columns import UnitWriter, facts, finished
 from forescale.data.prepare.pool import Pool, Task
@@ -76,6 +76,12 @@ class BuildConfig:
     shard_tokens: int = 1 << 26
     member_tokens: int = 1 << 20
     tokenizer_bytes: int = 64_000_000  # of training text, chosen by hash, that a BPE is trained on
+    parquet: bool = False  # write the text too (parquet.py)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings as the manifest has them: `parquet` only if it is set, so that
+        datasets from before it are found."""
+        return {k: v for k, v in asdict(self).items() if k != "parquet" or v}
 
     def check(self) -> None:
         if not 0 <= self.validation <= 0.5:
@@ -118,7 +124,7 @@ def build_dataset(
         # Here already, so that its errors are raised before any work.
         vocabulary_of(tokenizer, config.tokenizer, config.end_of_text)
     # Without machine paths: an equal request finds the finished dataset.
-    request = {"source": source.describe(), **asdict(config)}
+    request = {"source": source.describe(), **config.describe()}
     if curation is not None:
         request["curation"] = curation.describe()
     if tokenizer is not None and config.tokenizer != "bytes":
@@ -179,6 +185,8 @@ class _Build:
         if bounds.tokenizer or bounds.compared:
             sample = partial(sample_unit, selection, work.samples, config.tokenizer_bytes)
             self._phase("sample", "bytes", total, self._each_unit(sample, work.samples))
+        if config.parquet:
+            self._phase("write text", "bytes", total, self._text_tasks(selection))
         raw = self.tokenizer or self._trained_tokenizer()
         vocabulary = vocabulary_of(raw, config.tokenizer, config.end_of_text)
         encode = EncodeJob(selection, work.tokens, vocabulary, config.seed)
@@ -226,6 +234,10 @@ class _Build:
             "sources": [{"name": name, **source} for name, source in named],
             "left_out": left_out.as_dict(),
         }
+        if config.parquet:
+            tables = [facts(task.result) for task in self._text_tasks(selection)]
+            report["text"] = {"files": [table["row"] for table in tables]}
+            entries |= {n: FileEntry(**e) for table in tables for n, e in table["files"].items()}
         compared = (facts(work.baselines) or None) if bounds.compared else None
         digest = corpus.hexdigest()
         if self.curation is not None:
@@ -270,6 +282,17 @@ class _Build:
             Task(item[1].label, job, item, item[1].size, folder / f"{item[0]:06d}")
             for item in items
         ]
+
+    def _text_tasks(self, selection: Selection) -> list[Task]:
+        """Return the tasks that write the text of each unit as a table."""
+        from forescale.data.prepare.parquet import ParquetJob  # with pyarrow
+
+        curated, count = self.work.curated, len(self.units)
+        attributes = attributes_of(curated, count) if self.curation is not None else {}
+        rows = self.work.rows
+        job = ParquetJob(selection, rows, self.work.stage, attributes, self.source.sources)
+        tasks = self._each_unit(job, rows)
+        return [t._replace(result=rows / f"text-{t.result.name}.parquet") for t in tasks]
 
     def _facts(self, directory: Path) -> Iterator[dict[str, Any]]:
         for number in range(len(self.units)):

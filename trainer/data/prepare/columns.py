@@ -13,6 +13,7 @@ import json
 import os
 import struct
 from bisect import bisect_left
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import xxhash
 
 from forescale.ground.errors import UserError
-from forescale.ground.storage import naming
+from forescale.ground.storage import FileEntry, hash_file, naming
 
 _TRAILER = struct.Struct("<QQ16s8s")
 _MARK = b"unit 1\r\n"
@@ -152,6 +153,16 @@ def finished(path: Path) -> dict[str, Any] | None:
             return file.facts if file.is_intact() else None
     except (FileNotFoundError, UserError):
         return None
+
+
+def is_whole(path: Path, stage: Path) -> bool:
+    """Return whether the facts in a file of rows/ are there, and the files in `stage` that they
+    list are whole."""
+    with suppress(FileNotFoundError):
+        if done := finished(path):
+            files = done["files"].items()
+            return all(hash_file(stage / name) == FileEntry(**entry) for name, entry in files)
+    return False
 
 
 def facts(path: Path) -> dict[str, Any]:

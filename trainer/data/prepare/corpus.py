@@ -20,7 +20,7 @@ import re
 import sysconfig
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,7 @@ def embedded_path(
     size, so that an upgrade, or another installation that shares the cache, makes a new one.
     """
     sizes = [(name, path.stat().st_size) for name, path in source.files]
-    config = asdict(replace(EMBEDDED, tokenizer=tokens))
+    config = replace(EMBEDDED, tokenizer=tokens).describe()
     text = json.dumps([source.describe(), config, sizes], sort_keys=True)
     kind = "python" if tokens == "bpe" else f"python-{tokens}"
     return cache_directory(cache) / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

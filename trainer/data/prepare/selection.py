@@ -35,7 +35,7 @@ import xxhash
 
 from forescale.data.prepare.columns import UnitFile, UnitWriter, finished
 from forescale.data.prepare.pool import Tick
-from forescale.data.text.documents import DocumentSource, ReadingReport, Unit, cut
+from forescale.data.text.documents import Document, DocumentSource, ReadingReport, Unit, cut
 from forescale.ground.errors import UserError
 
 SPLITS = ("train", "validation")
@@ -212,6 +212,7 @@ class Part(NamedTuple):
     key: int
     name: str
     text: bytes
+    document: Document  # the whole of it
 
 
 @dataclass(frozen=True)
@@ -248,12 +249,13 @@ class Selection:
                         report.add("duplicate", name)
                     elif tail:
                         at = cut(text, 0, max(1, round(len(text) * (1 - tail))))
-                        yield Part("train", key, f"{name} (first part)", text[:at])
+                        yield Part("train", key, f"{name} (first part)", text[:at], document)
                         if at < len(text):
-                            yield Part("validation", key, f"{name} (last part)", text[at:])
+                            last = f"{name} (last part)"
+                            yield Part("validation", key, last, text[at:], document)
                     else:
                         split = "validation" if key < held_out else "train"
-                        yield Part(split, key, name, text)
+                        yield Part(split, key, name, text, document)
         if next(documents, None) is not None:
             raise ChangedError(unit.label, *_CHANGED)
 

@@ -20,7 +20,6 @@ holds more (one document can) is gathered at once.
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
@@ -32,14 +31,13 @@ import xxhash
 from tokenizers import Tokenizer
 
 from forescale.data.order import mix64
-from forescale.data.prepare.columns import UnitFile, UnitWriter, finished
+from forescale.data.prepare.columns import UnitFile, UnitWriter, finished, is_whole
 from forescale.data.prepare.pool import Tick
 from forescale.data.prepare.selection import SPLITS, VALIDATION, Part, Selection
 from forescale.data.prepare.writer import ShardWriter
 from forescale.data.text.documents import ReadingReport, Unit, pieces
 from forescale.data.text.opening import bare
 from forescale.data.tokenizer import Vocabulary, token_bytes
-from forescale.ground.storage import FileEntry, hash_file
 
 _BATCH = 1 << 20  # bytes of text that are encoded at a time
 _PIECE = 1 << 20  # bytes; a longer document is encoded in pieces
@@ -301,14 +299,9 @@ class AssembleJob:
 
     def __call__(self, split: str, shard: ShardPlan, tick: Tick) -> None:
         path = self.rows / shard.name
-        if done := finished(path):
-            with suppress(FileNotFoundError):
-                if all(
-                    hash_file(self.stage / name) == FileEntry(**entry)
-                    for name, entry in done["files"].items()
-                ):
-                    tick(shard.tokens, shard.tokens)
-                    return
+        if is_whole(path, self.stage):
+            tick(shard.tokens, shard.tokens)
+            return
         writer = ShardWriter(self.stage, shard.name, self.dtype, self.member_tokens)
         for low, high in zip(shard.edges, shard.edges[1:], strict=False):
             reported = writer.tokens

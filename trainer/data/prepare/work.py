@@ -31,7 +31,7 @@ from forescale.ground.console import Progress, log_line
 from forescale.ground.errors import UserError
 from forescale.ground.storage import fsync_path, make_folder, publish, read_json, write_json
 
-_FORMAT = 4  # increase it whenever units are made differently: older ones are then not used
+_FORMAT = 5  # increase it whenever units are made differently: older ones are then not used
 _FOLDERS = ("curated", "hashes", "ranges", "samples", "tokens", "rows", "dataset")
 _REQUEST = "request.json"
 

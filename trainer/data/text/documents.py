@@ -19,11 +19,12 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 @dataclass(frozen=True)
 class Document:
     """One text: a name that is the same on every machine, and valid UTF-8. url: where it was found;
-    "" if that isn't known."""
+    "" if that isn't known; attributes: what a curation found out about it."""
 
     name: str
     text: bytes
     url: str = ""
+    attributes: dict[str, str | float] = field(default_factory=dict)
 
 
 @dataclass

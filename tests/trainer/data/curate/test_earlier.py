@@ -23,7 +23,9 @@ from forescale.data.prepare.share import ALONE
 from forescale.data.text.files import Files
 from forescale.monitor.report.curation import page
 
-CONFIG = BuildConfig(tokenizer="bytes", validation=0.1, shard_tokens=20_000, member_tokens=5_000)
+CONFIG = BuildConfig(
+    tokenizer="bytes", validation=0.1, shard_tokens=20_000, member_tokens=5_000, parquet=True
+)
 BUILD = """
 import sys
 from tests.trainer.data.curate.test_earlier import built
@@ -32,8 +34,9 @@ built(*sys.argv[1:], share=share_of())
 """
 
 
-def write(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+def write(path, texts, url=""):
+    rows = ({"text": text, "url": url.format(i)} for i, text in enumerate(texts))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 

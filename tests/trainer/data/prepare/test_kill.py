@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -16,8 +17,10 @@ import pytest
 from forescale.data.check import check
 from forescale.data.prepare.builder import build_dataset
 from tests.matrix import full_only
-from tests.trainer.data.synthetic_text import SMALL, Texts, synthetic
+from tests.trainer.data import synthetic_text
+from tests.trainer.data.synthetic_text import Texts, synthetic
 
+SMALL = replace(synthetic_text.SMALL, parquet=True)
 SOURCE = Texts([*synthetic(), *synthetic(5), b"\xff"], per_unit=11)  # duplicates and a faulty one
 MANY = Texts([*SOURCE.texts, *synthetic(200, seed=2)], per_unit=3)
 
@@ -25,6 +28,7 @@ MANY = Texts([*SOURCE.texts, *synthetic(200, seed=2)], per_unit=3)
 # change to the file system for which the condition holds; returns whether it was killed.
 PREAMBLE = """
 import os, signal, sys
+import forescale.data.prepare.parquet
 from tests.trainer.data.prepare.test_kill import MANY, SMALL, SOURCE, build_dataset
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 def build(output, condition):
@@ -175,6 +179,7 @@ def test_only_damaged_units_are_made_again(expect_same, tmp_path):
         if damaged != "request.json":  # without it the other files can't be used
             kind, _, shard = damaged.partition(".")[0].partition("/")
             whole = {f"rows/{shard}", f"dataset/{shard}.tar", f"dataset/{shard}.index.json"}
+            whole |= {f"rows/{shard}.parquet", f"dataset/{shard}.parquet"}
             assert set(others) <= always | (whole if kind in ("rows", "dataset") else set())
     expect_same()
 
