@@ -31,7 +31,7 @@ BANNED = {
 BUDGETS = {
     "lines of source": 86_900,
     "lines of tests": 69_900,
-    "lines of the largest room": 14_065,  # scaling/; every other one is below 9,000
+    "lines of the largest room": 14_240,  # scaling/; every other one is below 9,000
     "names that name nothing": 0,
     "file names that occur twice below a room": 0,
     "arrows between rooms": 124,

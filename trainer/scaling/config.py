@@ -55,8 +55,9 @@ class PlanKeys:
     # FLOPs that the whole study may spend, counted as `cost` says
     cap: float | None = key(None, gt=0, common=True)
     # isoflop: sizes within each compute budget; ladder: sizes times multiples of 20 N tokens; list:
-    # the runs in plan.runs; recipes: a base and candidates at equal compute
-    kind: Literal["isoflop", "ladder", "list", "recipes"] = key("isoflop", common=True)
+    # the runs in plan.runs; recipes: a base and candidates at equal compute; mixtures: small runs
+    # with different shares of the data's sources, and larger ones that check the best shares
+    kind: Literal["isoflop", "ladder", "list", "recipes", "mixtures"] = key("isoflop", common=True)
     # recipes: names of the file's recipes to compare with the base; A+B: both at once
     candidates: list[str] = key([], common=True)
     # recipes: names of the file's recipes that make up the base
@@ -68,6 +69,9 @@ class PlanKeys:
     # recipes: budgets of the base alone above the highest, each 2.5 times the one before: the
     # largest multiplier that can be measured is 2.5, or 6.25 with 2 of them
     beyond: int = key(1, ge=1)
+    points: int = key(20, ge=4)  # mixtures: number of different mixtures
+    # mixtures: smallest share of a source in them; 0: each corner is one source alone
+    least: float = key(0.05, ge=0, lt=0.5)
     # arguments of `forescale train` that all runs share; better written after `--`, as in --
     # data.path=DIR; without any: the embedded corpus as bytes, AdamW, evaluation at the end
     arguments: list[str] = key([])
@@ -87,15 +91,17 @@ class PlanKeys:
     # FLOP/s that one device reaches; null: device-hours are not shown
     rate: float | None = key(None, gt=0)
     # number of seeds of the cheapest cell, and of an expensive one; recipes: of each recipe at its
-    # best rate, below the highest budget, and there
+    # best rate, below the highest budget, and there; mixtures: of the current mixture, and of each
+    # of the two that are compared last
     seeds: list[int] = key([5, 3])
     # isoflop: at the lowest and the highest budget, try three batch sizes at three learning rates
     # each, not at one
     joint_sweep: bool = False
     # unique training tokens; runs with more are flagged; null: the data's
     unique: float | None = key(None, gt=0)
-    step: float = key(10**0.5, gt=1)  # isoflop, recipes: factor from one budget to the next
-    # isoflop: D/N in the middle of the first budget; recipes: D/N of the base
+    # isoflop, recipes: factor from one budget to the next; mixtures: from the runs to their check
+    step: float = key(10**0.5, gt=1)
+    # isoflop: D/N in the middle of the first budget; recipes: D/N of the base; mixtures: of all
     ratio: float = key(20, gt=0)
     # isoflop: sizes of a budget reach from N*/spread to N* times spread
     spread: float = key(2.5, gt=1)
@@ -148,6 +154,9 @@ class StudyJob(Job):
     # the two values of `by` to compare; the first is the reference; []: the only two
     groups: list[str] = key([])
     reference: str = "base"  # of recipes: the one that the others are compared with
+    # mixtures: the sources whose held-out losses the best shares minimise, with weights of their
+    # mean, such as {code: 2, web: 1}; {}: all sources alike
+    goal: dict[str, float] = key({}, common=True)
     # the column with the metric of a task, of the table or of the records; predicted too
     task: str | None = key(None, common=True)
     # what the column of `task` holds; accuracy, error: shares from 0 to 1; loss:

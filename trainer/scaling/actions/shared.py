@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from forescale.ground.errors import DONE, UserError
+from forescale.scaling.analysis.mixture_fit import has_mixtures
 from forescale.scaling.analysis.recipe_cells import has_recipes
 from forescale.scaling.config import StudyJob
 from forescale.scaling.study.inputs import read, with_outcome
@@ -32,6 +33,9 @@ def read_one_recipe(job: StudyJob, action: str) -> tuple[pd.DataFrame, str]:
         problem = f"has several recipes, and study {action} is for one"
         todo = "compare them with study fit; of a table, keep one with rows={recipe: NAME}"
         raise UserError(where, problem, todo)
+    if has_mixtures(table, job):
+        problem = f"has several mixtures, and study {action} is for one"
+        raise UserError(where, problem, "see study fit for the best shares")
     return with_outcome(table, job, where), where
 
 

@@ -1,24 +1,25 @@
-"""`forescale study fit`: fits the law, or compares recipes."""
+"""`forescale study fit`: fits the law, compares recipes, or finds the best shares of sources."""
 
 from forescale.config.job import Action
 from forescale.ground.console import open_console
 from forescale.ground.errors import DONE
 from forescale.pages.document import show
 from forescale.scaling.actions.shared import FIT, print_json
-from forescale.scaling.analysis import multipliers
+from forescale.scaling.analysis import mixture_fit, multipliers
 from forescale.scaling.analysis.recipe_cells import has_recipes
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.analysis.table_fit import as_dict
 from forescale.scaling.analysis.task_fit import task_as_dict, task_of
 from forescale.scaling.config import StudyJob
 from forescale.scaling.report.fit_sections import ranges, terminal_sections
+from forescale.scaling.report.mixture_page import mixture_sections, summary_of
 from forescale.scaling.report.recipes_page import head_of, recipe_sections
 from forescale.scaling.report.task_section import task_section
 from forescale.scaling.study.inputs import read, with_outcome
 
 ACTION = Action(
     "Fit the scaling law to a study, to other runs or to a table, and predict the target.",
-    (*FIT, "sensitivity", "reference", "json"),
+    (*FIT, "sensitivity", "reference", "goal", "json"),
     (
         "study fit study=mine",
         "study fit 'runs/*' target.flops=1e18",
@@ -26,18 +27,25 @@ ACTION = Action(
         "study fit points.csv form=over-training target.parameters=7e9 target.tokens=1e12",
         "study fit study=mine task=ability/copy/4 chance=0 target.flops=1e18",
         "study fit recipes.csv reference=adamw   (columns recipe, flops, learning_rate, loss)",
+        "study fit study=mine goal='{code: 2, web: 1}'   (of mixtures: their best shares)",
     ),
 )
 
 
 def main(job: StudyJob) -> int:
-    """Print the law; of runs of several recipes, the compute multiplier of each."""
+    """Print the law; of several recipes their compute multipliers, of mixtures the best shares."""
     table, where = read(job)
     if has_recipes(table):
         recipes = multipliers.Multipliers(table, job, where)
         if job.json:
             return print_json(multipliers.as_dict(recipes))
         show(open_console(), recipe_sections(recipes), head_of(recipes))
+        return DONE
+    if mixture_fit.has_mixtures(table, job):
+        mixed = mixture_fit.MixtureFit(table, job, where)
+        if job.json:
+            return print_json(mixture_fit.as_dict(mixed))
+        show(open_console(), mixture_sections(mixed), summary_of(mixed))
         return DONE
     law = law_of(with_outcome(table, job, where), job, where)
     law.predict()  # raises UserError for a bad target before anything is printed

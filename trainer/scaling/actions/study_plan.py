@@ -12,10 +12,11 @@ from forescale.scaling.study.directory import Study, must_be_free
 
 ACTION = Action(
     "Choose and price the runs of a study, and simulate how precise its prediction will be.",
-    (*STUDY, "plan.*", *LAW, "target.*"),
+    (*STUDY, "plan.*", *LAW, "goal", "target.*"),
     (
         "study plan study=mine plan.cap=1e15 target.flops=4e15",
         "study plan study=mine plan.cap=1e18 -- data.path=DIR model.mlp=gelu   (of all runs)",
+        "study plan plan.kind=mixtures plan.cap=1e18 -- data=mixture 'data.sources={a: A, b: B}'",
     ),
 )
 

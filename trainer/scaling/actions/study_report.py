@@ -8,20 +8,21 @@ import sys
 from forescale.config.job import Action
 from forescale.ground.errors import DONE, UserError
 from forescale.scaling.actions.shared import FIT
+from forescale.scaling.analysis.mixture_fit import MixtureFit, has_mixtures
 from forescale.scaling.analysis.multipliers import Multipliers
 from forescale.scaling.analysis.recipe_cells import has_recipes
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.analysis.task_fit import TaskFit, task_of
 from forescale.scaling.config import StudyJob
-from forescale.scaling.report import recipes_page
+from forescale.scaling.report import mixture_page, recipes_page
 from forescale.scaling.report.evidence import gather
 from forescale.scaling.report.fit_page import beside, write
 from forescale.scaling.study.inputs import read, with_outcome
 
 ACTION = Action(
     "Write the fit, its figures and its doubts as one HTML file.",
-    (*FIT, "reference", "to"),
+    (*FIT, "reference", "goal", "to"),
     ("study report study=mine", "study report 'runs/*' target.flops=1e18 to=report.html"),
 )
 
@@ -35,6 +36,11 @@ def main(job: StudyJob) -> int:
         page, *_ = recipes_page.write(recipes, table, job.report, command)
         count = f"{len(recipes.candidates)} recipes against {recipes.base}"
         print(f"{page}: {count}; open it in a browser.")
+        return DONE
+    if has_mixtures(table, job):
+        mixed = MixtureFit(table, job, where)
+        page, *_ = mixture_page.write(mixed, table, job.report, command)
+        print(f"{page}: {len(mixed.shares)} mixtures; open it in a browser.")
         return DONE
     evidence = gather(job, with_outcome(table, job, where))
     task: TaskFit | str | None = None

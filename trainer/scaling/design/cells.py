@@ -35,7 +35,7 @@ class Cell:
     """A planned run.
 
     role: grid (the law is fitted to these), rate or batch (sweeps), rate-batch (both differ), seed
-    (a repeat), target, or confirm (a winning recipe, with fresh seeds).
+    (a repeat), target, or confirm (a winning recipe or mixture, with fresh seeds).
     tokens = steps x batch; global_batch: windows; micro_batch: those that a rank feeds at once.
     first_batch: windows of the first step, if the batch grows, which it does for ramp_steps.
     flops: of the whole run, by convention; cost: FLOPs that it adds (a branch: its decay alone).
@@ -45,7 +45,8 @@ class Cell:
     cell_of: the grid cell that it repeats or varies (its own name for a grid cell).
     seed: of the data order, and of the weights unless init_seed is given.
     rate_factor: its learning rate divided by that of its size; adam_share: see Common.
-    recipe: its recipe's name in a study that compares several.
+    recipe: its recipe's name in a study that compares several; weights: of each source, in a study
+    of mixtures.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Cell:
     recipe: str = ""
     first_batch: Size | None = None
     ramp_steps: Count = 0
+    weights: tuple[tuple[str, Number], ...] = ()
 
     @property
     def trajectory(self) -> tuple[Any, ...]:
@@ -108,6 +110,7 @@ class Cell:
             **({"run.from.run": self.trunk} if self.trunk else {}),
             **({"run.from.step": self.trunk_step} if self.trunk else {}),
             **({"checkpoint.at": list(self.branches)} if self.branches else {}),
+            **({"data.weights": dict(self.weights)} if self.weights else {}),
         }
 
 

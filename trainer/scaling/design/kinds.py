@@ -7,6 +7,8 @@
     list      the given (N, D)
     recipes   one stage per budget of a base and its candidates (recipes.py); later stages are
               drafts; the last one has fresh seeds for the winners and the base
+    mixtures  one stage of small runs with different shares, and a draft that checks the best ones
+              at more compute (mixtures.py)
 
 Invariant: the highest cost of a plan is within its cap, or there is no plan.
 """
@@ -26,6 +28,7 @@ from forescale.scaling.design.cells import (
     share_trunks,
     with_rate_sweeps,
 )
+from forescale.scaling.design.mixtures import mixtures_plan
 from forescale.scaling.design.plan import SIZES, Grid, Kind, StudyPlan, StudyStage, reserve
 from forescale.scaling.design.recipes import (
     BASE,
@@ -243,4 +246,5 @@ def fresh_cells(plan: StudyPlan, names: Sequence[str], stage: int) -> tuple[Cell
 
 PLANS: Mapping[str, Callable[[StudyJob, Common], StudyPlan]] = {
     "isoflop": isoflop_plan, "ladder": ladder_plan, "list": list_plan, "recipes": recipes_plan,
+    "mixtures": lambda job, common: _within_cap(mixtures_plan(job, common)),
 }  # fmt: skip

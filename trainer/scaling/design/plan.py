@@ -28,7 +28,7 @@ from forescale.scaling.design.recipes import Recipe, RecipeGrid
 from forescale.scaling.design.shapes import RATIO, Common, Rule
 from forescale.scaling.design.tuning import Tuned, interpolated_rate
 
-Kind = Literal["isoflop", "ladder", "list", "recipes"]
+Kind = Literal["isoflop", "ladder", "list", "recipes", "mixtures"]
 EXTRA_RATES = 2  # of a size, if its best learning rate is at an edge
 SIZES = 3  # fewer determine no law, and no parabola
 _TODO = "restore it, or plan a new study"

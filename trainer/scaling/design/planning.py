@@ -115,10 +115,12 @@ def show(plan: StudyPlan, precision: Expected | None, console: Console) -> None:
 
 def _cells(plan: StudyPlan) -> Table:
     """Return a row for each run. Recipes, which have the same runs at each budget, have a row for
-    each recipe and budget. In a draft stage ~ stands before what may still change."""
+    each recipe and budget; mixtures have their shares. In a draft stage ~ stands before what may
+    still change."""
     second = "runs" if plan.recipes else "role"
-    names = ("run", second, "N", "layers x width", "tokens", "D/N", "steps", "batch", "rate")
-    rows = table(*names, "FLOPs", left=("run", "role"))
+    sources = [name for name, _ in plan.cells[0].weights]
+    names = ("N", "layers x width", "tokens", "D/N", "steps", "batch", "rate")
+    rows = table("run", second, *sources, *names, "FLOPs", left=("run", "role"))
     for stage in plan.stages:
         about = "" if stage.exact else "~"
         for c in stage.cells:
@@ -130,7 +132,8 @@ def _cells(plan: StudyPlan) -> Table:
             rates = f"{about}{known[0]:.2g}" if known else "pending"
             rates += f" to {known[-1]:.2g}" if len(known) > 1 else ""
             rows.add_row(
-                c.name, str(len(alike)) if plan.recipes else c.role, f"{about}{n:,}",
+                c.name, str(len(alike)) if plan.recipes else c.role,
+                *(f"{share:.1%}" for _, share in c.weights), f"{about}{n:,}",
                 f"{s.num_layers} x {s.width}", f"{about}{c.tokens:,}", f"{c.tokens / n:.0f}",
                 f"{c.steps:,}", str(c.global_batch), rates, f"{about}{c.cost:.2e}",
             )  # fmt: skip

@@ -157,12 +157,21 @@ def _losses(status: Status, dataset: Mapping[str, Any]) -> dict[str, Any]:
         **{name: x for name, x in scored.items() if column_of(name)},
         **{f"loss_{name}": row["loss"] for name, row in by_source},
         **{f"loss_{name}_stderr": row["loss_stderr"] for name, row in by_source},
+        **_shares(job, dataset["sources"]),
         "loss_definition": (  # losses are comparable if it is equal
             f"held-out cross-entropy, nats per token, mean over {targets}, ends of text included, "
             f"of {scored['windows']} windows of {job.train.sequence_length} tokens of the "
             f"validation split of dataset {dataset['identity'][:16]}, attention {within}"
         ),
     }
+
+
+def _shares(job: TrainJob, sources: Mapping[str, StoredSource]) -> dict[str, float | None]:
+    """Return the share of each source of a mixture in the tokens; None if it changed in the run."""
+    weights, total = job.data.weights, sum(job.data.weights.values())
+    if len(sources) < 2 or not total:
+        return {}
+    return {f"share_{n}": None if job.data.stages else weights.get(n, 0) / total for n in sources}
 
 
 def _flops(job: TrainJob, steps: int, causal: bool) -> float:

@@ -252,7 +252,9 @@ def of_export(
         if field not in KNOWN:
             todo = f"use one of {', '.join(KNOWN)}"
             raise UserError(f"columns.{field}", "is not a column of a record", todo)
-    alike = {name: name for name in KNOWN if name in table.columns and name not in columns}
+    mixed = [name for name in map(str, table.columns) if name.startswith(("share_", "loss_"))]
+    known = dict.fromkeys((*KNOWN, *(mixed if any(n.startswith("share_") for n in mixed) else ())))
+    alike = {name: name for name in known if name in table.columns and name not in columns}
     named = {} if "name" in alike or "name" in columns or not export.name else {"name": export.name}
     chosen = {**named, **alike, **columns}
     if "loss" not in chosen:

@@ -7,6 +7,8 @@
     of recipes      once all are tuned, the sweeps of the next budget, around the rates so far
                     (stage_centred); once all has ended, fresh seeds for recipes whose multiplier
                     is shown to be above 1 at the highest budget (winners_chosen)
+    of mixtures     once all small runs have ended, larger ones at the best shares by the law, and
+                    at the current ones (weights_chosen)
 
 Invariant: `advance` makes every decision that is due, and none twice; the same results give the
 same plan even if the process was killed in between. A forecast is written before its run can start.
@@ -21,12 +23,14 @@ import pandas as pd
 
 from forescale.ground.errors import UserError
 from forescale.scaling.analysis.forecast import read_forecasts, write_forecast
+from forescale.scaling.analysis.mixture_fit import MixtureFit
 from forescale.scaling.analysis.multipliers import Multipliers
 from forescale.scaling.analysis.prediction import run_of
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.design.cells import Cell, make_cell
 from forescale.scaling.design.kinds import fresh_cells, highest_seeds, recipe_stage
+from forescale.scaling.design.mixtures import check_cells
 from forescale.scaling.design.next_runs import NextRun
 from forescale.scaling.design.noise import noise_of
 from forescale.scaling.design.plan import EXTRA_RATES, StudyPlan, StudyStage, extra_rates
@@ -54,7 +58,7 @@ class _Kind:
 def advance(study: Study, log: Log) -> None:
     """Make all decisions that are due. Raises UserError if the next stage doesn't fit under the
     cap, or if no learning rate gave a loss."""
-    kind = _RECIPES if study.plan.recipes else _LAW
+    kind = _KINDS.get(study.plan.kind, _LAW)
     for number in [s.number for s in study.plan.stages]:
         stage = study.plan.stage(number)
         if not stage.exact:
@@ -172,6 +176,20 @@ def _decide_recipes(study: Study, stage: StudyStage, log: Log) -> None:
         log(f"Needs less compute than the base so far: {', '.join(winners)}. Fresh seeds follow.")
     else:
         log(f"No fresh seeds are needed: {reason.rstrip('.')}.")
+
+
+def _decide_check(study: Study, stage: StudyStage, log: Log) -> None:
+    """Make the draft exact: runs of the best and of the current mixture. Raises UserError if the
+    small runs determine no law, or if the stage doesn't fit under the cap."""
+    fit, plan = MixtureFit(study.table(), study.job, str(study.folder)), study.plan
+    current = dict(plan.stage(1).cells[0].weights)
+    common = replace(plan.common, rule=rule_of(plan))
+    cells = check_cells(common, study.job.plan, stage, fit.best, current)
+    cost = sum(c.cost for c in cells)
+    exact = replace(stage, cells=cells, low=cost, high=cost, exact=True)
+    study.revise(plan.with_exact(exact), "weights_chosen", stage=stage.number, weights=fit.best)
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in fit.best.items())
+    log(f"The best shares by the {fit.law.name} law: {shares}. Larger runs check them.")
 
 
 def _is_law_due(study: Study, stage: StudyStage) -> bool:
@@ -344,7 +362,10 @@ def rule_of(plan: StudyPlan) -> Rule:
 
 
 _LAW = _Kind(_is_law_due, _centre, _measure_response, EXTRA_RATES)
-_RECIPES = _Kind(_are_recipes_due, _decide_recipes, lambda *_: None, 4)
+_KINDS = {
+    "recipes": _Kind(_are_recipes_due, _decide_recipes, lambda *_: None, 4),
+    "mixtures": _Kind(_is_law_due, _decide_check, lambda *_: None, EXTRA_RATES),
+}
 
 
 _SLOPE, _SLOPES = 0.5, (0.3, 0.7)  # exponent of N*(C): before two budgets give one; its limits

@@ -357,6 +357,8 @@ def _quoted(value: Any) -> str:
     """The value as Hydra's grammar reads it."""
     if value is None:
         return "null"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_quoted(x)}" for name, x in value.items()) + "}"
     if isinstance(value, str) and not _UNQUOTED.fullmatch(value):
         return "'" + value.replace("'", "\\'") + "'"
     return json.dumps(value) if isinstance(value, list) else str(value)
