@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 import forescale
-from forescale.data.bins import ConversationKind
+from forescale.data.bin_kinds import ConversationKind
+from forescale.data.bins import Bins
 
 COUNT, DAYS, Z = 4_000, 73_000, 1.96
 
@@ -39,7 +40,7 @@ def score(runs: list[str]) -> None:
     dataset = forescale.open_dataset(identity["path"])
     split = dataset.split("validation")
     columns = forescale.open_run(runs[-1]).config.train.sequence_length
-    bins = ConversationKind(columns).open(split, dataset.identity, dataset.path.parent)
+    bins = Bins.open(ConversationKind(columns), split, dataset.identity, dataset.path.parent)
     pieces = [bins.pieces(s, i) for s, n in enumerate(bins.counts.tolist()) for i in range(n)]
     rows = [[split.read(0, *piece).astype(int).tolist() for piece in two] for two in pieces]
     for name in runs:

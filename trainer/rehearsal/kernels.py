@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx
 
 from forescale.plan.gpu import Gpu
-from forescale.rehearsal.device import place, shorter
 from forescale.rehearsal.observer import Cost, Observer
+from forescale.rehearsal.waits import place, shorter
 
 
 def leave_out_kernels() -> None:

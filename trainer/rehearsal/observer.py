@@ -21,8 +21,9 @@ from torch.utils.flop_counter import flop_registry
 
 from forescale.models.mixers.ring import INSIDE
 from forescale.plan.links import Collective
-from forescale.rehearsal.device import Waits, compare_types, place
+from forescale.rehearsal.operations import compare_types
 from forescale.rehearsal.timeline import Timeline
+from forescale.rehearsal.waits import Waits, place
 
 _BLOCK = 512  # bytes: what CUDA's caching allocator rounds each request up to
 _LARGE = 1 << 20  # bytes of a tensor whose place is looked up

@@ -66,9 +66,10 @@ class Rehearsal:
         from forescale.config.frozen import thaw
         from forescale.rehearsal.attempt import reduced
         from forescale.rehearsal.config import RehearseJob
-        from forescale.rehearsal.device import Waits, pretend
+        from forescale.rehearsal.device import pretend
         from forescale.rehearsal.kernels import Kernels
         from forescale.rehearsal.observer import Observer
+        from forescale.rehearsal.waits import Waits
         from forescale.resilience.phases import PhaseTimer
 
         self.request = request
@@ -309,7 +310,7 @@ _NOT_NAMED = ("/torch/", "/triton/", str(Path(__file__).parent), "/runpy.py")
 def _failure(error: Exception, waits: Any) -> dict[str, str]:
     """Return what an error says, and the line that it comes from: the innermost one of the user's
     code, where it has part in it, else of the job's. waits: of device.py."""
-    from forescale.rehearsal.device import doubt, shorter
+    from forescale.rehearsal.waits import doubt, shorter
 
     message, _, inside = str(error).partition("\n\nfrom user code:")
     first = getattr(error, "inner_exception", error)  # of what a compiler's backend raises

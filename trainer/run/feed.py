@@ -14,14 +14,14 @@ import numpy as np
 from forescale.config.sections.objective import PairsConfig
 from forescale.config.target import make
 from forescale.config.train import TrainJob
-from forescale.data.bins import (
+from forescale.data.bin_kinds import (
     BinKind,
-    Bins,
     ConversationKind,
     PackedKind,
     PairKind,
     PreferenceKind,
 )
+from forescale.data.bins import Bins
 from forescale.data.dataset import Sources
 from forescale.data.feed import Feed
 from forescale.data.mixture import Interval, MemberMixture, Mixture, MixtureStage
@@ -50,7 +50,7 @@ def feed_of(
     if job.data.packing == "best_fit":  # tables that are missing from the cache are made
         kind, folder = PackedKind(job.train.sequence_length), job.data.cache_directory
         bins = {
-            name: kind.open(split, sources.datasets[name].identity, folder)
+            name: Bins.open(kind, split, sources.datasets[name].identity, folder)
             for name, split in sources.split("train").items()
         }
     else:
@@ -185,7 +185,7 @@ def whole_rows_of(
             problem = f"holds {of_data}, which objective={job.objective.kind} doesn't read"
             raise UserError(dataset.where, problem, "give other data, or another objective")
         with progress_display() as progress:
-            tables[name] = kind.open(part, dataset.identity, cache, progress)
+            tables[name] = Bins.open(kind, part, dataset.identity, cache, progress)
         if split == "train":
             _check_rows(job, dataset.where, tables[name])
     return tables

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import forescale.data.bins
-from forescale.data.bins import Bins, PackedKind, PairKind
+import forescale.data.bin_kinds
+from forescale.data.bin_kinds import PackedKind, PairKind
+from forescale.data.bins import Bins
 from forescale.data.dataset import Damaged, Dataset, Split
 from forescale.data.feed import Feed, LostMember
 from forescale.data.objective import IGNORED
@@ -37,7 +38,7 @@ def opened(tmp_path):
 
 
 def bins_of(dataset: Dataset, cache: Path, L: int = 8, split: str = "train", **options) -> Bins:
-    return PackedKind(L).open(dataset.split(split), dataset.identity, cache, **options)
+    return Bins.open(PackedKind(L), dataset.split(split), dataset.identity, cache, **options)
 
 
 def all_pieces(bins: Bins) -> list[list[list[tuple[int, int]]]]:
@@ -108,7 +109,7 @@ def test_a_document_that_continues_in_another_shard_is_packed_too(tmp_path):
     row, _ = writer.finish()
     whole = {"tokens": 50, "documents": 1, "bytes": 49, "shards": [row]}
     split = Split(Store(tmp_path), "train", whole, "uint16")
-    bins = PackedKind(30).open(split, "0" * 64, tmp_path)
+    bins = Bins.open(PackedKind(30), split, "0" * 64, tmp_path)
     assert all_pieces(bins) == [[[(0, 30)], [(30, 20)]]]
 
 
@@ -186,8 +187,8 @@ def expected(shards, source, target) -> tuple[list[list[tuple[list[int], list[in
 def test_pairs_are_those_that_a_loop_over_tokens_finds(shards, source, target, block):
     split = Tokens(shards)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forescale.data.bins, "_BLOCK", block)  # a document lies in several
-        bins = PairKind(7, source, target).open(split, "0" * 64, Path(folder))
+        patch.setattr(forescale.data.bin_kinds, "_BLOCK", block)  # a document lies in several
+        bins = Bins.open(PairKind(7, source, target), split, "0" * 64, Path(folder))
         pairs_of, parts = expected(shards, source, target)
         assert bins.counts.tolist() == [len(pairs) for pairs in pairs_of]
         for shard, pairs in enumerate(pairs_of):
@@ -208,7 +209,8 @@ def test_what_is_left_out_is_counted_by_its_reason(tmp_path):
     dataset = Dataset(make_pairs(tmp_path / "words", NO_PAIRS))
     kind = PairKind(9, 6, 6)
     bins = [
-        kind.open(dataset.split(s), dataset.identity, tmp_path) for s in ("train", "validation")
+        Bins.open(kind, dataset.split(s), dataset.identity, tmp_path)
+        for s in ("train", "validation")
     ]
     facts = {name: sum(b.facts[name] for b in bins) for name in PairKind.reasons}
     assert facts.pop("too_long") == 2
@@ -223,14 +225,14 @@ def test_what_is_left_out_is_counted_by_its_reason(tmp_path):
 def test_a_table_is_made_once_and_never_believed_if_it_is_damaged(tmp_path):
     dataset = Dataset(make_pairs(tmp_path / "words"))
     split, kind = dataset.split("train"), PairKind(9, 6, 6)
-    kind.open(split, dataset.identity, tmp_path)
+    Bins.open(kind, split, dataset.identity, tmp_path)
     (path,) = (tmp_path / "pairs").iterdir()
-    assert kind.open(Tokens([[]]), dataset.identity, tmp_path).counts.any(), "not scanned"
-    other = PairKind(9, 1, 6).open(split, dataset.identity, tmp_path)
+    assert Bins.open(kind, Tokens([[]]), dataset.identity, tmp_path).counts.any(), "not scanned"
+    other = Bins.open(PairKind(9, 1, 6), split, dataset.identity, tmp_path)
     assert other.facts["too_long"] > 100, "a table of its own"
     flip(path, 8)
     with pytest.raises(UserError, match="delete the file"):
-        kind.open(split, dataset.identity, tmp_path).pieces(0, 0)
+        Bins.open(kind, split, dataset.identity, tmp_path).pieces(0, 0)
 
 
 PACKED_DOCUMENTS = st.lists(st.integers(1, 90), min_size=1, max_size=6)
@@ -243,7 +245,7 @@ def packed_feed(
     datasets: dict[str, Dataset], cache: Path, L: int, seed=3, block=2, **options
 ) -> Feed:
     splits = {name: d.split("train") for name, d in datasets.items()}
-    bins = {n: PackedKind(L).open(s, datasets[n].identity, cache) for n, s in splits.items()}
+    bins = {n: Bins.open(PackedKind(L), s, datasets[n].identity, cache) for n, s in splits.items()}
     return make_feed(splits, L, seed, block, bins=bins, **options)
 
 

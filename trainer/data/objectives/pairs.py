@@ -26,7 +26,7 @@ class Pairs:
     source at the end of columns [0, split)
     separator and target, less its last token, at the start of columns [split, columns)
 
-    A window is a pair (PairKind of data/bins.py): `sizes` count its tokens, `cuts`, (n, 1), the
+    A window is a pair (bin_kinds.PairKind): `sizes` count its tokens, `cuts`, (n, 1), the
     tokens of its source, 0 for a row of padding. Its length in the data order, which num_targets
     takes, is that of separator and target.
     """

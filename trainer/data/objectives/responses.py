@@ -15,7 +15,7 @@ from forescale.data.objective import IGNORED, NextToken
 class Responses(NextToken):
     """Predict each next token of a response, and the token that ends it; other tokens are context.
 
-    A window is a conversation (ConversationKind of data/bins.py), padded on the right. Its length
+    A window is a conversation (bin_kinds.ConversationKind), padded on the right. Its length
     in the data order, which num_targets takes, is the number of its targets + 1. `examples` returns
     all next tokens; ConversationKind.mark_ignored marks those that are no targets.
     """
@@ -29,7 +29,7 @@ class Preferences:
     the response and the token that ends it.
 
     A window has the tokens of both conversations, one after the other (PreferenceKind of
-    data/bins.py): at most 2 * (columns + 1). In the data order it has one target: a step's loss is
+    bin_kinds.py): at most 2 * (columns + 1). In the data order it has one target: a step's loss is
     the mean over its preferences. models/heads/preferences.py computes it from the rows.
     """
 

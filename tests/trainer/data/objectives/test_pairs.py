@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken
 
-from forescale.data.bins import PairKind
+from forescale.data.bin_kinds import PairKind
+from forescale.data.bins import Bins
 from forescale.data.dataset import Damaged, Dataset
 from forescale.data.feed import Feed, LostMember
 from forescale.data.objective import IGNORED, NextToken
@@ -34,7 +35,7 @@ def words(tmp_path_factory):
 def pairs_of(dataset, split="train", cache=None):
     kind = PairKind(TAB, SOURCE, COLUMNS - SOURCE)
     cache = cache or dataset.path.parent
-    return kind.open(dataset.split(split), dataset.identity, cache)
+    return Bins.open(kind, dataset.split(split), dataset.identity, cache)
 
 
 def feed_of(dataset, substitute=False, cache=None) -> Feed:

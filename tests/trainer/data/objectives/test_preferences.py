@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from forescale.data.bins import PreferenceKind
+from forescale.data.bin_kinds import PreferenceKind
+from forescale.data.bins import Bins
 from forescale.data.conversations import prepare
 from forescale.data.feed import Feed
 from forescale.data.objective import IGNORED
@@ -30,7 +31,7 @@ def dataset(tmp_path_factory):
 
 def bins_of(dataset, split="train", columns=COLUMNS):
     kind = PreferenceKind(columns)
-    return kind.open(dataset.split(split), dataset.identity, dataset.path.parent)
+    return Bins.open(kind, dataset.split(split), dataset.identity, dataset.path.parent)
 
 
 def feed_of(dataset, **options) -> Feed:

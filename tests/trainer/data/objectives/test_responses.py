@@ -5,7 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from forescale.data.bins import ConversationKind
+from forescale.data.bin_kinds import ConversationKind
+from forescale.data.bins import Bins
 from forescale.data.conversations import prepare
 from forescale.data.dataset import Dataset
 from forescale.data.feed import Feed
@@ -30,7 +31,7 @@ def dataset(tmp_path_factory):
 
 def bins_of(dataset, split="train", columns=COLUMNS):
     kind = ConversationKind(columns)
-    return kind.open(dataset.split(split), dataset.identity, dataset.path.parent)
+    return Bins.open(kind, dataset.split(split), dataset.identity, dataset.path.parent)
 
 
 def feed_of(dataset) -> Feed:
