@@ -149,8 +149,8 @@ def _typed(path: str, value: str) -> str:
     return f"{inside[1]}: {value}" if inside else f"{path}={value}"
 
 
-def _names(cls: type) -> set[str]:
-    return {name_of(f) for f in fields(cls)}
+def _names(cls: type) -> list[str]:
+    return [name_of(f) for f in fields(cls)]
 
 
 def convert(

@@ -66,6 +66,31 @@ def test_more_files_are_a_further_source_with_the_same_tokenizer(folder, foresca
     assert "across_sources" in forescale.refuses("shards", "books", "output=x", *words)
 
 
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("curate.near_duplicates={kind: drop, minhash: {bands: 0}}",
+         "curate.near_duplicates.minhash.bands: 0 is out of range"),
+        ("curate.near_duplicates={kind: drop, stays: last}", "near_duplicates.stays: 'last'"),
+        ("curate.repeated_passages={kind: cut, words: 1}", "curate.repeated_passages.words: 1 is"),
+        ("curate.steps=[classifier]", "curate.steps.0: needs one of model and target"),
+        ("curate.steps=[{kind: urls, block: [no.txt]}]",
+         "curate.steps.0.block: there is no file no.txt"),
+        ("curate.steps=[{kind: length, least: 3}]", "did you mean least_words?"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_of_a_curation_is_named_by_its_key(folder, forescale, word, sentence):
+    assert sentence in forescale.refuses("shards", "books", "output=data", word)
+
+
+def test_a_class_that_scores_may_be_in_the_working_directory(folder, forescale):
+    code = "class Score:\n    def __call__(self, text):\n        return float('7' in text)\n"
+    (folder.parent / "scoring_here.py").write_text(code)
+    step = "curate.steps=[{kind: classifier, target: scoring_here.Score}]"
+    out = forescale.prints("shards", "books", "output=data", "tokenizer=bytes", "workers=2", step)
+    assert "classifier: low score" in out
+
+
 def test_lines_plain_and_compressed(tmp_path, monkeypatch, forescale):
     monkeypatch.chdir(tmp_path)
     lines = [json.dumps({"body": f"document {i} " * 9}).encode() for i in range(12)]

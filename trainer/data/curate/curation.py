@@ -16,6 +16,7 @@ from forescale.data.curate.duplicates import Duplicates
 from forescale.data.curate.earlier import Earlier
 from forescale.data.curate.step import Step
 from forescale.data.curate.steps import STEPS
+from forescale.data.curate.steps.inputs import versions
 from forescale.data.curate.substrings import Substrings
 
 
@@ -59,15 +60,23 @@ class Curation:
         from forescale.ground.errors import UserError
 
         problems = []
-        parts: list[tuple[str, Any]] = [
-            (f"steps.{number}", step) for number, step in enumerate(self.steps)
+        parts: list[tuple[str, str, Any]] = [  # key, how its messages begin
+            (f"steps.{number}", name.partition(" ")[0], step)
+            for number, (name, step) in enumerate(zip(self.names, self.steps, strict=True))
         ]
-        parts += [("near_duplicates", self.near), ("repeated_passages", self.passages)]
-        for name, part in parts:
+        parts += [("near_duplicates", "", self.near), ("repeated_passages", "", self.passages)]
+        for key, step, part in parts:
             try:
                 getattr(part, "check", lambda: None)()
             except UserError as e:
-                problems.append((f"{name}.{e.where.rpartition('.')[2]}", e.problem, e.todo))
+                problem = e.problem
+                if not step:
+                    key = f"{key}.{e.where}"
+                elif e.where.startswith(f"{step}."):
+                    key += e.where.removeprefix(step)
+                elif e.where != step:  # a file
+                    problem = f"{e.where} {problem}"
+                problems.append((key, problem, e.todo))
         scores = [getattr(step, "attribute", "") for step in self.steps]
         if self.near and self.near.stays == "score" and "score" not in scores:
             todo = "add the step classifier, whose attribute is score, or choose first or longest"
@@ -118,6 +127,8 @@ class Curation:
                 settings["files"] = step.fingerprint()
             for key in getattr(step, "FILES", ()):
                 settings[key] = _content(settings[key])
+            if hasattr(step, "packages"):
+                settings["packages"] = versions(step.packages())
             steps.append({"step": name, "version": type(step).VERSION, **settings})
         described: dict[str, Any] = {"steps": steps, "url_key": self.url_key}
         described["samples"] = self.samples

@@ -60,7 +60,8 @@ class MinHash:
         ranges = (("bands", 1, 256), ("rows", 1, 64), ("words", 1, 64), ("seed", 0, 1 << 31))
         for key, least, most in ranges:
             if not least <= (value := getattr(self, key)) <= most:
-                raise UserError(key, f"{value} is out of range", f"set it to {least} to {most}")
+                problem, todo = f"{value} is out of range", f"set it to {least} to {most}"
+                raise UserError(f"minhash.{key}", problem, todo)
 
 
 def version() -> str:

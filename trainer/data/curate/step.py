@@ -30,6 +30,7 @@ class Step(Protocol):
     SOURCE: ClassVar[str]  # where its rules and default values are from
     # FILES: ClassVar[tuple[str, ...]], if some settings are paths: their names. A dataset then
     # depends on what the files hold, not on where they are.
+    # def packages(self) -> tuple[str, ...], if what the step does depends on their versions.
 
     def __call__(self, draft: Draft) -> str | None:
         """Change `draft`, and return None to keep it, or a short reason to drop it. The reason is

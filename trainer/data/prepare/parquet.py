@@ -62,7 +62,7 @@ class ParquetJob:
 
     @property
     def schema(self) -> pa.Schema:
-        """The columns; an attribute with the name of another column has a line behind it."""
+        """The columns; an attribute with the name of another column gets `_` at its end."""
         kinds = {name: pa.string() if is_text else pa.float64()
                  for name, is_text in sorted(self.attributes.items())}  # fmt: skip
         return pa.schema({**_COLUMNS, **{_column(name): kind for name, kind in kinds.items()}})

@@ -44,11 +44,7 @@ class TextKey:
 
     def text(self, row: Any) -> str | None:
         """Return the text under the key or path; None if there is none."""
-        value = row.get(self.key) if isinstance(row, dict) else None
-        if value is None and "." in self.key:
-            value = row
-            for key in self.key.split("."):
-                value = value.get(key) if isinstance(value, dict) else None
+        value = value_at(row, self.key)
         if isinstance(value, str):
             self._has_text = True
             return value
@@ -70,6 +66,16 @@ class TextKey:
         keys = ", ".join(sorted(self._keys)[:_KEYS])
         todo = f"set text_key ({f'keys: {keys}' if keys else f'see the first {row}'})"
         raise UserError(where, f"no {row} has a text under {self.key!r}", todo)
+
+
+def value_at(row: Any, path: str) -> Any:
+    """Return the value under a key or a path such as "meta.text"; None if there is none."""
+    value = row.get(path) if isinstance(row, dict) else None
+    if value is None and "." in path:
+        value = row
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def read_plain(
@@ -151,7 +157,7 @@ def _json_document(intake: Intake, name: str, raw: bytes, text_key: TextKey) -> 
     if value is None:
         intake.report.add(f"no text under {text_key.key!r}", name)
     else:
-        url = row.get(intake.url_key) if isinstance(row, dict) else None
+        url = value_at(row, intake.url_key)
         yield from intake.documents(name, value, url=url if isinstance(url, str) else "")
 
 

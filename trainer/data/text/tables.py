@@ -41,7 +41,12 @@ def read_parquet(
 ) -> Iterator[Document]:
     """Yield the documents of row groups, named like "a.parquet:17"; last 0: to the end."""
     pages, texts = Total(where), Total(where)
-    with _parquet(where, [key for key in (intake.key, intake.url_key) if key]) as file:
+    with _parquet(where) as file:
+        columns = [
+            intake.key,
+            *[intake.url_key] * bool(_url_path(file.schema_arrow, intake.url_key)),
+        ]
+    with _parquet(where, columns) as file:
         path = text_path(where, file.schema_arrow, intake.key)
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         if not sum(sizes):
@@ -50,7 +55,6 @@ def read_parquet(
         row, end = sum(sizes[:first]), sum(sizes[:last])
         for group in range(first, last):
             pages.add(file.metadata.row_group(group).total_byte_size)
-        columns = [intake.key, *_url_column(file.schema_arrow, intake.url_key)]
         for batch in file.iter_batches(_ROWS, range(first, last), columns, use_threads=False):
             for document in _documents(intake, name, row, batch, path):
                 texts.add(len(document.text))
@@ -131,7 +135,8 @@ def hub_parts(spec: str, table: Any, key: str, part_bytes: int) -> Iterator[tupl
 def read_hub(intake: Intake, name: str, table: Any, first: int, last: int) -> Iterator[Document]:
     """Yield the documents of rows, named like "owner/title:17"; last 0: to the end."""
     path = text_path(name, table.features.arrow_schema, intake.key)
-    names = [path[0], *({intake.url_key} & {*table.column_names} - {path[0]})]
+    of_url = _url_path(table.features.arrow_schema, intake.url_key)
+    names = [path[0], *({*of_url[:1]} - {path[0]})]
     table = table.select_columns(names).with_format("arrow")
     last = last or len(table)
     if not len(table):
@@ -166,18 +171,15 @@ def _documents(
 ) -> Iterator[Document]:
     """Yield the documents of a column; `row` is the number of the first."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    column = batch.column(path[0])
-    if path[1:]:
-        column = pc.struct_field(column, path[1:])
+    column = _column(batch, path)
     places: Iterable[int | None] = range(len(column))
     if pa.types.is_dictionary(column.type):
         places, column = column.indices.to_pylist(), column.dictionary
     texts = column.cast(pa.large_binary())  # nothing has checked yet that they are UTF-8
     urls: Iterable[str] = [""] * len(batch)
-    for name_of_url in _url_column(batch.schema, intake.url_key):
-        urls = _urls(batch.column(name_of_url))
+    if path_of_url := _url_path(batch.schema, intake.url_key):
+        urls = _urls(_column(batch, path_of_url))
     for number, (place, url) in enumerate(zip(places, urls, strict=True), row):
         if place is None or (text := texts[place].as_py()) is None:
             intake.report.add(f"no text under {intake.key!r}", f"{name}:{number}")
@@ -185,16 +187,22 @@ def _documents(
             yield from intake.documents(f"{name}:{number}", text, url=url)
 
 
-def _url_column(schema: Any, key: str) -> list[str]:
-    """Return the name of the column of addresses, if there is one such column, of text."""
-    import pyarrow as pa
+def _column(batch: Any, path: list[str]) -> Any:
+    """Return a column, or the field of a struct that a path names."""
+    import pyarrow.compute as pc
 
-    places = schema.get_all_field_indices(key) if key else []
-    if len(places) != 1:
+    column = batch.column(path[0])
+    return pc.struct_field(column, path[1:]) if path[1:] else column
+
+
+def _url_path(schema: Any, key: str) -> list[str]:
+    """Return the path to the column of addresses, as `text_path`; [] unless there is one such
+    column, of text."""
+    top = key if key in schema.names else key.partition(".")[0]
+    try:
+        return text_path("", schema, key) if len(schema.get_all_field_indices(top)) == 1 else []
+    except UserError:
         return []
-    kind = schema.field(places[0]).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return [key] if str(kind) in _TEXT else []
 
 
 def _urls(column: Any) -> Iterator[str]:

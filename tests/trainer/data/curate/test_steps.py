@@ -307,7 +307,11 @@ def test_classifier_of_fasttext():
         ("urls", {}, "urls: has no list"),
         ("mask", {"mail": "X"}, "mask.mail: is one text"),
         ("classifier", {}, "classifier: needs one of model and target"),
-        ("classifier", {"target": "no.such.Class"}, "classifier.target: no.such.Class can't"),
+        (
+            "classifier",
+            {"target": "no.such.Class"},
+            "classifier.target: can't make an object of no.such.Class",
+        ),
         ("classifier", {"model": "/no/model"}, "classifier.model: there is no file /no/model"),
     ],
 )

@@ -2,19 +2,25 @@
 
 import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from forescale.data.curate import curation as module
 from forescale.data.curate.curation import Curation
 from forescale.data.curate.duplicates import Duplicates
+from forescale.data.curate.steps import inputs
+from forescale.data.curate.steps.repair import Repair
 from forescale.data.curate.steps.urls import Urls
 from forescale.data.curate.substrings import Substrings
 from forescale.data.dataset import Dataset
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.sample import documents
+from forescale.data.text.documents import ReadingReport
 from forescale.data.text.files import Files
 from forescale.monitor.report.curation import page
 
@@ -172,3 +178,25 @@ def test_another_list_of_a_step_is_another_request_wherever_it_lies(tmp_path):
     first = described("a", "spam.org")
     assert described("b", "spam.org") == first
     assert described("a", "spam.org\nother.org") != first
+
+
+def test_another_version_of_a_package_of_a_step_is_another_request(monkeypatch):
+    (described,) = Curation([Repair()]).describe()["steps"]
+    assert described["packages"] == {"ftfy": version("ftfy")}
+    monkeypatch.setattr(inputs, "version", lambda name: "0.0")
+    assert Curation([Repair()]).describe()["steps"][0]["packages"] == {"ftfy": "0.0"}
+
+
+def test_an_address_may_be_nested_in_lines_and_tables(tmp_path):
+    rows = [{"id": i, "meta": {"url": f"https://a.org/{i}", "text": f"text {i}"}} for i in range(9)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    for name in ("a.jsonl", "b.parquet"):
+        source = Files([tmp_path / name], "meta.text", url_key="meta.url")
+        read = [d for unit in source.units() for d in source.read(unit, ReadingReport())]
+        assert [d.url for d in read] == [row["meta"]["url"] for row in rows]
+        assert [d.text.decode() for d in read] == [row["meta"]["text"] for row in rows]
+        for key in ("url", "meta.other", "id"):
+            source = Files([tmp_path / name], "meta.text", url_key=key)
+            read = [d for unit in source.units() for d in source.read(unit, ReadingReport())]
+            assert [d.url for d in read] == [""] * 9

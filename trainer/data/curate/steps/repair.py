@@ -44,6 +44,9 @@ class Repair:
     entities: bool = False  # HTML entities, such as &amp;; FineWeb: true, but source code has them
     normalization: str = "NFC"  # "" leaves the normal form; FineWeb: ""
 
+    def packages(self) -> tuple[str, ...]:
+        return ("ftfy",)
+
     def __call__(self, draft: Draft) -> str | None:
         ftfy = package("repair", "ftfy")
         config = _config(self.entities, self.normalization)
