@@ -103,17 +103,18 @@ def build_dataset(
     workers: int = 1,
     curation: Curation | None = None,
     share: Share = ALONE,
+    held_out: Sequence[str] = (),
 ) -> Path:
     """Build a dataset at `output`, or find a finished one there that was built from the same
     request.
 
     curation: what each document goes through before all else; None: nothing. share: of this
-    process, where several build the dataset together. workers: processes; with one, everything runs
-    in this process, others are started as `python -c` and get a pickled copy of the source. If the
-    build is interrupted or killed, there is no `output`, but a directory beside it (see work.py)
-    from which the next attempt continues. A
-    second process with the same output waits for the first. Raises UserError for sources without
-    text, if a worker is killed, and if `output` holds something else.
+    process, where several build the dataset together. held_out: inputs of the source that are held
+    out whole; then no other text is. workers: processes; with one, everything runs in this process,
+    others are started as `python -c` and get a pickled copy of the source. If the build is
+    interrupted or killed, there is no `output`, but a directory beside it (see work.py) from which
+    the next attempt continues. A second process with the same output waits for the first. Raises
+    UserError for sources without text, if a worker is killed, and if `output` holds something else.
     """
     output, config = Path(output), config or BuildConfig()
     config.check()
@@ -127,6 +128,8 @@ def build_dataset(
     request = {"source": source.describe(), **config.describe()}
     if curation is not None:
         request["curation"] = curation.describe()
+    if held_out:
+        request["held_out"] = [*held_out]
     if tokenizer is not None and config.tokenizer != "bytes":
         digest = hashlib.sha256(tokenizer).hexdigest()
         request["tokenizer"] = f"{Path(config.tokenizer).name} {digest}"
@@ -323,7 +326,9 @@ class _Build:
         ]
         self._phase("find duplicates", "documents", count, tasks)
         sampled = self.config.tokenizer_bytes if self.tokenizer is None else 0
-        bounds = choose(ranges, self.config.validation, sampled, len(self.source.sources))
+        names = self.source.sources
+        whole = [names.index(name) for name in self.request.get("held_out", ())]
+        bounds = choose(ranges, self.config.validation, sampled, len(names), whole)
         selection = Selection(self.source, work.hashes, ranges, bounds)
         return selection, sizes
 

@@ -268,14 +268,21 @@ class Selection:
             return file.column(documents, stop - start, "<u8", start)
 
 
-def choose(ranges: Sequence[Path], validation: float, sampled: int, inputs: int) -> Bounds:
+def choose(
+    ranges: Sequence[Path],
+    validation: float,
+    sampled: int,
+    inputs: int,
+    whole: Sequence[int] = (),
+) -> Bounds:
     """Return the bounds for the distinct documents in ranges/.
 
     validation: fraction of the documents to hold out; 0: none. sampled: bytes of training text for
     the tokenizer's sample, 0 for none; both samples take the documents with the lowest keys.
-    inputs: of the source. Raises UserError if nothing is left to train on.
+    inputs: of the source; whole: those that are held out whole, instead of that fraction. Raises
+    UserError if nothing is left to train on.
     """
-    held_out, tails, held_bytes, total = _held_out(ranges, validation, inputs)
+    held_out, tails, held_bytes, total = _held_out(ranges, validation, inputs, whole)
     if held_bytes == total:
         raise NoTextError("the source", "leaves no text for training", "give more documents")
     compared = BEFORE if 0 < held_bytes <= COMPARED else 0
@@ -288,7 +295,7 @@ def choose(ranges: Sequence[Path], validation: float, sampled: int, inputs: int)
 
 
 def _held_out(
-    ranges: Sequence[Path], validation: float, inputs: int
+    ranges: Sequence[Path], validation: float, inputs: int, whole: Sequence[int]
 ) -> tuple[list[int], list[float], int, int]:
     """Return `held_out` and `tails` of each input, the bytes that these hold out, and those of all
     documents."""
@@ -299,7 +306,9 @@ def _held_out(
         np.add.at(sizes, input_D, sizes_D)
     total, held_bytes = int(sizes.sum()), 0
     bounds, tails = [0] * inputs, [0.0] * inputs
-    for group in _groups(counts) if validation else ():
+    for i in whole:
+        bounds[i], held_bytes = _ALL - 1, held_bytes + int(sizes[i])  # a bound is a uint64
+    for group in _groups(counts) if validation and not whole else ():
         count, size = int(counts[group].sum()), int(sizes[group].sum())
         least = min(_BYTES * size / total, _TENTH * size) if validation < _TENTH else 0.0
         bound, held = _lowest(ranges, group, validation, count // 10, least)
