@@ -30,6 +30,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from forescale.data.curate.step import Draft
 from forescale.data.curate.steps.decontaminate import Decontaminate
 from forescale.data.prepare.builder import BuildConfig, build_dataset
@@ -53,6 +55,8 @@ _STAMPED = {"version.py", "_version.py", "__config__.py", "sitecustomize.py"}
 _MARK = re.compile(rb"do not (edit|modify)|auto-?generated|@generated|gencodec", re.IGNORECASE)
 _UNIT = 4_000_000  # bytes per unit of work
 _LARGEST = 200_000  # bytes: one file is never more than about a fifth of the held-out text
+# The rules take longer than reading, and each phase of a build gets a new copy of the source.
+_VERDICTS: dict[tuple[str, ...], str | None] = {}
 _DIGITS = bytes(b for b in range(256) if b not in b"0123456789")
 
 
@@ -97,7 +101,6 @@ class PythonSource:
         self.held_out = {name.split("/")[0] for name, _ in self.files}.intersection(HELD_OUT)
         folders = [str(self._roots[project]) for project in sorted(self.held_out)]
         self._held_out_text = Decontaminate(folders)
-        self._verdicts: dict[str, str | None] = {}  # the rules take longer than reading
         if not self.files:
             problem = "this installation contains no Python source code"
             raise UserError("the embedded corpus", problem, "give your own corpus with data.path")
@@ -140,9 +143,10 @@ class PythonSource:
                 report.add("package not installed", name)
         for name, path in self.files[unit.first : unit.last]:
             text = path.read_bytes()
-            if name not in self._verdicts:
-                self._verdicts[name] = excluded(text) or self._leaks(name, text)
-            if reason := self._verdicts[name]:
+            key = (name, xxhash.xxh3_128_hexdigest(text), *self._held_out_text.files)
+            if key not in _VERDICTS:
+                _VERDICTS[key] = excluded(text) or self._leaks(name, text)
+            if reason := _VERDICTS[key]:
                 report.add(reason, name)
             else:
                 yield from Intake(report).documents(name, text)
