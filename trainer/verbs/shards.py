@@ -39,6 +39,9 @@ class ShardsJob(Job):
     output: str | None = key(None, common=True)  # directory of the dataset; must not exist yet
     # field of a JSON line, or column of a table, that holds the text
     text_key: str = key("text", common=True)
+    # rows to read, by fields or columns: {score: {least: 0.5, below: 0.8}}, {domain: [a.org]},
+    # {domain: {not: [a.org]}}
+    where: dict[str, Any] = key({})
     # suffixes of further files that are plain text, such as [.log, .nfo]
     suffixes: list[str] = key([], common=True)
     # what to do with text that isn't UTF-8
@@ -143,7 +146,7 @@ def source_of(job: ShardsJob) -> Files:
     """Return the documents of the job. Raises UserError if an input isn't there."""
     policy = Policy(job.undecodable, job.empty, job.long, job.max_document_bytes)
     url_key = "" if job.curate.is_empty and not job.parquet else job.curate.url_key
-    return Files(job.input, job.text_key, policy, None, job.suffixes, url_key)
+    return Files(job.input, job.text_key, policy, None, job.suffixes, url_key, job.where)
 
 
 def build_config(job: ShardsJob) -> BuildConfig:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from forescale.data.text.where import Where
 from forescale.ground.errors import UserError
 
 _LONGEST_URL = 4096  # characters; a longer one counts as unknown
@@ -135,7 +136,7 @@ class Intake:
     """Makes documents of the texts of a unit, and reports the others.
 
     key: of the text in rows (JSON, tables); suffixes: further ones of plain text; url_key: of the
-    address in a row of JSON, or column of a table; "": none is read.
+    address in a row of JSON, or column of a table; "": none is read; where: which rows are read.
     """
 
     report: ReadingReport
@@ -143,6 +144,13 @@ class Intake:
     key: str = "text"
     suffixes: Sequence[str] = ()
     url_key: str = ""
+    where: Where = field(default_factory=lambda: Where({}))
+
+    def reads(self, name: str, value_at: Callable[[str], Any]) -> bool:
+        """Return whether a row is read by the rules of `where`; report it if it isn't."""
+        if not (is_read := self.where.reads(value_at)):
+            self.report.add("left out by where", name)
+        return is_read
 
     def documents(
         self,

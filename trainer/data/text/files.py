@@ -12,10 +12,11 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -37,6 +38,7 @@ from forescale.data.text.opening import (
 )
 from forescale.data.text.tables import hub_parts, load_hub, parquet_parts, read_hub, read_parquet
 from forescale.data.text.tars import read_tar
+from forescale.data.text.where import Where
 from forescale.ground.errors import UserError
 from forescale.remote.transfer import is_url
 
@@ -87,9 +89,11 @@ class Files:
         unit_bytes: int | None = None,
         suffixes: Sequence[str] = (),
         url_key: str = "",
+        where: Mapping[str, Any] = MappingProxyType({}),
     ):
-        """unit_bytes: approximate; suffixes: further ones of plain text; url_key: see Intake."""
-        self.url_key = url_key
+        """unit_bytes: approximate; suffixes: further ones of plain text; url_key, where: see
+        Intake."""
+        self.url_key, self.where = url_key, Where(where)
         self.text_key, self.policy = text_key, policy or Policy()
         self.suffixes = clean_suffixes(suffixes)
         self.policy.check()
@@ -113,7 +117,8 @@ class Files:
 
     def describe(self) -> dict[str, Any]:
         """Return the request, sizes and a hash of the file names; see DocumentSource."""
-        extra = {"suffixes": sorted(self.suffixes)} if self.suffixes else {}
+        extra: dict[str, Any] = {"suffixes": sorted(self.suffixes)} if self.suffixes else {}
+        extra |= {"where": self.where.rules} if self.where.rules else {}
         listing = hashlib.sha256()  # changes if a file is added, removed, renamed or resized
         for file in self._files:
             listing.update(f"{file.name}\0{file.size}\n".encode())
@@ -153,12 +158,14 @@ class Files:
     def read(self, unit: Unit, report: ReadingReport) -> Iterator[Document]:
         if unit.first == 0 and unit.start == 0:
             report.merge(self._skipped)
-        intake = Intake(report, self.policy, self.text_key, self.suffixes, self.url_key)
+        intake = Intake(report, self.policy, self.text_key, self.suffixes, self.url_key, self.where)
         start, stop = unit.start, unit.stop
         for file in self._files[unit.first : unit.last]:
             name, where = file.name, file.where
             match file.kind:
                 case "plain" | "html" | "bare":
+                    if not intake.reads(name, lambda key: None):  # it has no fields
+                        continue
                     with open_stream(name, where) as f:
                         yield from read_plain(intake, name, where, f, file.kind)
                 case "lines":

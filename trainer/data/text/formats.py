@@ -156,7 +156,7 @@ def _json_document(intake: Intake, name: str, raw: bytes, text_key: TextKey) -> 
         return
     if value is None:
         intake.report.add(f"no text under {text_key.key!r}", name)
-    else:
+    elif intake.reads(name, lambda key: value_at(row, key)):
         url = value_at(row, intake.url_key)
         yield from intake.documents(name, value, url=url if isinstance(url, str) else "")
 

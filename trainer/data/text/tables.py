@@ -42,10 +42,9 @@ def read_parquet(
     """Yield the documents of row groups, named like "a.parquet:17"; last 0: to the end."""
     pages, texts = Total(where), Total(where)
     with _parquet(where) as file:
-        columns = [
-            intake.key,
-            *[intake.url_key] * bool(_url_path(file.schema_arrow, intake.url_key)),
-        ]
+        has_url = bool(_url_path(file.schema_arrow, intake.url_key))
+        columns = [intake.key, *[intake.url_key] * has_url]
+        _expect_columns(where, file.schema_arrow, intake)
     with _parquet(where, columns) as file:
         path = text_path(where, file.schema_arrow, intake.key)
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
@@ -55,7 +54,9 @@ def read_parquet(
         row, end = sum(sizes[:first]), sum(sizes[:last])
         for group in range(first, last):
             pages.add(file.metadata.row_group(group).total_byte_size)
-        for batch in file.iter_batches(_ROWS, range(first, last), columns, use_threads=False):
+        for batch in file.iter_batches(
+            _ROWS, range(first, last), [*columns, *intake.where.rules], use_threads=False
+        ):
             for document in _documents(intake, name, row, batch, path):
                 texts.add(len(document.text))
                 yield document
@@ -136,7 +137,8 @@ def read_hub(intake: Intake, name: str, table: Any, first: int, last: int) -> It
     """Yield the documents of rows, named like "owner/title:17"; last 0: to the end."""
     path = text_path(name, table.features.arrow_schema, intake.key)
     of_url = _url_path(table.features.arrow_schema, intake.url_key)
-    names = [path[0], *({*of_url[:1]} - {path[0]})]
+    _expect_columns(name, table.features.arrow_schema, intake)
+    names = [*dict.fromkeys([path[0], *of_url[:1], *intake.where.rules])]
     table = table.select_columns(names).with_format("arrow")
     last = last or len(table)
     if not len(table):
@@ -180,11 +182,20 @@ def _documents(
     urls: Iterable[str] = [""] * len(batch)
     if path_of_url := _url_path(batch.schema, intake.url_key):
         urls = _urls(_column(batch, path_of_url))
+    fields = [batch.column(key).to_pylist() for key in intake.where.rules]
+    values = [dict(zip(intake.where.rules, of, strict=True)) for of in zip(*fields, strict=True)]
     for number, (place, url) in enumerate(zip(places, urls, strict=True), row):
         if place is None or (text := texts[place].as_py()) is None:
             intake.report.add(f"no text under {intake.key!r}", f"{name}:{number}")
-        else:
+        elif not values or intake.reads(f"{name}:{number}", values[number - row].get):
             yield from intake.documents(f"{name}:{number}", text, url=url)
+
+
+def _expect_columns(where: str, schema: Any, intake: Intake) -> None:
+    for key in intake.where.rules:
+        if len(schema.get_all_field_indices(key)) != 1:
+            todo = f"choose one of its columns ({', '.join(schema.names[:_NAMED])})"
+            raise UserError(f"where.{key}", f"{printable(where)} has no such column", todo)
 
 
 def _column(batch: Any, path: list[str]) -> Any:
