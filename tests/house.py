@@ -29,8 +29,8 @@ BANNED = {
 # A change that needs more lines lets others go, or raises the number here and says in its commit
 # which lines it looked at.
 BUDGETS = {
-    "lines of source": 86_900,
-    "lines of tests": 69_900,
+    "lines of source": 87_400,
+    "lines of tests": 70_200,
     "lines of the largest room": 14_240,  # scaling/; every other one is below 9,000
     "names that name nothing": 0,
     "file names that occur twice below a room": 0,

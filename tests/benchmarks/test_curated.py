@@ -38,8 +38,8 @@ def test_both_sides_are_trained_and_judged_by_one_text(tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["curated.py", *files, *sizes, *small])
     monkeypatch.setattr(curated, "forescale", forked)
     curated.main()
-    whole, kept, seed, last = capsys.readouterr().out.splitlines()
-    tokens = [int(line.split()[1].replace(",", "")) for line in (whole, kept)]
+    whole, chosen, seed, last = capsys.readouterr().out.splitlines()
+    tokens = [int(line.split()[1].replace(",", "")) for line in (whole, chosen)]
     assert tokens[1] < tokens[0]
     assert "bits per byte of the target" in seed
     assert last.endswith("bits per byte")
