@@ -16,7 +16,7 @@ from forescale.data.curate.curation import Curation
 from forescale.data.curate.duplicates import Duplicates
 from forescale.data.curate.earlier import chain_faults
 from forescale.data.curate.substrings import Substrings
-from forescale.data.dataset import Dataset
+from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.sample import documents
 from forescale.data.prepare.share import ALONE
@@ -148,6 +148,7 @@ def test_check_says_that_an_earlier_dataset_is_gone_or_another_one(planted, tmp_
     assert chained == {"name": "web", "manifest": Dataset(folder / "web").manifest_hash}
     assert check(tmp_path / "out") == []
     assert [*chain_faults(dataset)] == []
+    assert Sources({"out": dataset}).describe()["out"]["manifest"] == dataset.manifest_hash
     shutil.rmtree(tmp_path / "web")
     ((sentence, is_other),) = chain_faults(dataset)
     assert str(tmp_path / "web") in sentence
