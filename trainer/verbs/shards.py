@@ -109,9 +109,10 @@ def main(arguments: list[str]) -> int:
     output = output_of(job)
     was_there = (output / MANIFEST).is_file()
     of_tokens = are_tokenised(job.input)
-    if of_tokens and not job.curate.is_empty:
+    of_text = {"curate": not job.curate.is_empty, "parquet": job.parquet, "where": job.where}
+    if of_tokens and (wrong := next((name for name, does in of_text.items() if does), "")):
         problem = "is for text, and the input is tokenised already"
-        raise UserError("curate", problem, "leave it out, or give the text")
+        raise UserError(wrong, problem, "leave it out, or give the text")
     share = share_of()
     with progress_display() if share.is_first else nullcontext(silent) as progress:
         if of_tokens:

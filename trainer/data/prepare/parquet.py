@@ -70,7 +70,8 @@ class ParquetJob:
     def _row(self, part: Part, source: str) -> dict[str, Any]:
         url, row = part.document.url, dict[str, Any]()
         for name, value in part.document.attributes.items():
-            row[_column(name)] = str(value) if self.attributes[name] else value
+            if value is not None:  # as a step of the user may set it
+                row[_column(name)] = str(value) if self.attributes[name] else float(value)
         row |= {"id": part.name, "source": source, "split": part.split, "url": url or None}
         row |= {"domain": domain_of(url) or None, "bytes": len(part.text)}
         return {**row, "text": part.text.decode()}

@@ -1,11 +1,13 @@
 """The text of a dataset as tables: the documents of its shards, with what a curation found out."""
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pyarrow.parquet as pq
 
 from forescale.data.check import check
+from forescale.data.curate import curation
 from forescale.data.curate.curation import Curation
 from forescale.data.curate.steps.language import Language
 from forescale.data.dataset import Dataset
@@ -22,9 +24,9 @@ def test_the_tables_have_the_documents_of_the_shards_and_what_steps_found_out(tm
     english, german = "This is the text of number {} in the list", "Das ist der Text Nummer {}"
     texts = [(german if i % 3 else english).format(i % 50) for i in range(60)]
     rows = write(tmp_path / "rows.jsonl", texts, url="https://www.a.org/{}")
-    curation = Curation([Language(languages=("en", "de"), least_probability=0.0)])
+    languages = Curation([Language(languages=("en", "de"), least_probability=0.0)])
     source = Files([rows], unit_bytes=1_000, url_key="url")
-    dataset = Dataset(build_dataset(source, tmp_path / "out", CONFIG, curation=curation))
+    dataset = Dataset(build_dataset(source, tmp_path / "out", CONFIG, curation=languages))
     table = pq.read_table([*(tmp_path / "out").glob("text-*.parquet")]).to_pylist()
     for split in ("train", "validation"):
         text = [row["text"] for row in table if row["split"] == split]
@@ -41,14 +43,34 @@ def test_the_tables_have_the_documents_of_the_shards_and_what_steps_found_out(tm
         "text": texts[0],
         "language": "en",
     }
-    two = build_dataset(source, tmp_path / "two", CONFIG, workers=2, curation=curation)
+    two = build_dataset(source, tmp_path / "two", CONFIG, workers=2, curation=languages)
     for path in dataset.path.iterdir():
         assert path.read_bytes() == (two / path.name).read_bytes()
     bare = build_dataset(
-        source, tmp_path / "bare", replace(CONFIG, parquet=False), curation=curation
+        source, tmp_path / "bare", replace(CONFIG, parquet=False), curation=languages
     )
     assert Dataset(bare).identity == dataset.identity
     assert "parquet" not in Dataset(bare).manifest["build"]
+
+
+def test_attributes_of_any_kind_become_columns(tmp_path, monkeypatch):
+    values = [True, 3, None, 0.5, "many"]
+
+    @dataclass(frozen=True)
+    class Mark:
+        VERSION: ClassVar[int] = 1
+
+        def __call__(self, draft):
+            place = int(draft.text.split()[1])
+            draft.attributes["text"] = values[place % 5]
+            draft.attributes["number"] = values[place % 4]
+
+    monkeypatch.setattr(curation, "step_classes", lambda: {"mark": Mark})
+    rows = write(tmp_path / "rows.jsonl", [f"text {i}" for i in range(40)])
+    path = build_dataset(Files([rows]), tmp_path / "out", CONFIG, curation=Curation([Mark()]))
+    table = pq.read_table(path / "text-000000.parquet").slice(0, 5).to_pylist()
+    assert [row["text_"] for row in table] == ["True", "3", None, "0.5", "many"]
+    assert [row["number"] for row in table] == [1.0, 3.0, None, 0.5, 1.0]
 
 
 def test_check_counts_the_rows(tmp_path):
