@@ -59,6 +59,7 @@ def test_attributes_of_any_kind_become_columns(tmp_path, monkeypatch):
     @dataclass(frozen=True)
     class Mark:
         VERSION: ClassVar[int] = 1
+        SOURCE: ClassVar[str] = "this test"
 
         def __call__(self, draft):
             place = int(draft.text.split()[1])
