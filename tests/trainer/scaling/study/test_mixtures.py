@@ -116,6 +116,10 @@ def test_a_table_of_others_is_fitted_without_a_study(whole, tmp_path, capsys):
     assert "data.weights='{a: 0." in capsys.readouterr().out
     assert cli.main(["study", "fit", str(tmp_path / "mixed.csv"), "goal={z: 1}"]) == 2
     assert "has no column loss_z" in capsys.readouterr().err
+    for off, code in ((26, 0), (50_000, 2)):  # a shorter window at the end of a shard; another D
+        tokens = [10**5 + off, *[10**5] * (len(rows) - 1)]
+        rows[["loss", *columns]].assign(tokens=tokens).to_csv(tmp_path / "mixed.csv", index=False)
+        assert cli.main(["study", "fit", str(tmp_path / "mixed.csv")]) == code
 
 
 def test_the_loss_of_a_bigger_run_is_not_predicted_from_mixtures(whole, capsys):
