@@ -1,5 +1,6 @@
 """A task of an array of commands: `python -P -m forescale.slurm.command_task JOB STEP VERB WORDS`
-becomes `forescale VERB WORDS` once the run has the checkpoint of STEP (- for none).
+becomes `forescale VERB WORDS` once the run has the checkpoint of STEP (- for none). A build of a
+dataset stays its child: near the time limit, the task is requeued to go on.
 
 Invariant: it reads the run and writes its log alone, so it may end, or start again, at any time.
 """
@@ -7,6 +8,7 @@ Invariant: it reads the run and writes its log alone, so it may end, or start ag
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +30,28 @@ def main(arguments: Sequence[str]) -> int:
     if step != "-" and _must_wait(submission.run, int(step), words[0]):
         return _look_again(submission.run, int(step))
     command = _command(submission, words)
+    if words[0] == "shards":
+        return _run(command)
     os.execvp(command[0], command)
+
+
+def _run(command: Sequence[str]) -> int:
+    """Run a command, and pass signals on to it. Where SLURM announces the time limit (USR1), and
+    the command says that it can go on, requeue this task. Return the exit code."""
+    received: list[int] = []
+    process = subprocess.Popen(command)
+
+    def pass_on(number: int, frame: object) -> None:
+        received.append(number)
+        process.send_signal(number)
+
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    code = process.wait()
+    if code == INTERRUPTED and signal.SIGUSR1 in received and signal.SIGTERM not in received:
+        print(f"{time.strftime('%H:%M:%S')} The time limit is near: requeued to go on.", flush=True)
+        _requeue()
+    return code if code >= 0 else 128 - code
 
 
 def _must_wait(run: Run, step: int, verb: str) -> bool:
@@ -56,6 +79,12 @@ def _look_again(run: Run, step: int) -> int:
         f"{step:,} yet; this task looks again in {pause / 60:.0f} min.",
         flush=True,
     )
+    _requeue(pause)
+    return INTERRUPTED
+
+
+def _requeue(pause: float = 0.0) -> None:
+    """Requeue this task, to start in `pause` seconds or later, and wait for its end."""
     shutil.rmtree(os.environ["FORESCALE_NODE"], ignore_errors=True)  # the next start has its own
     ended: list[int] = []  # SLURM may end this process as soon as the task is requeued
     signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
@@ -63,7 +92,6 @@ def _look_again(run: Run, step: int) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not ended:
         time.sleep(300)
-    return INTERRUPTED
 
 
 def _command(submission: Submission, words: Sequence[str]) -> list[str]:
@@ -73,7 +101,8 @@ def _command(submission: Submission, words: Sequence[str]) -> list[str]:
     inside = [*containers.prefix(submission), *command]
     if settings.nodes.most > 1:
         hosts = queue.hosts(os.environ["SLURM_JOB_NODELIST"])
-        return steps.command(submission, hosts, inside)
+        label = ["--label"] if words[0] == "shards" else []
+        return steps.command(submission, hosts, inside, *label)
     of_pyxis = containers.options(submission)  # of srun
     return [*steps.srun(settings, 1, *of_pyxis), *inside] if of_pyxis else inside
 

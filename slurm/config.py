@@ -101,7 +101,9 @@ class SlurmConfig:
     check_time: Duration = key(Duration(120, "seconds"), gt=0, wall_time=True)
     # file with one run per line, as KEY=VALUE ...; all become one array job
     runs: str | None = None
-    at_once: int | None = key(None, ge=1)  # largest number of runs of the array at a time
+    # of submit shards: number of tasks that share the build, each on slurm.nodes; null: one job
+    array: int | None = key(None, ge=1)
+    at_once: int | None = key(None, ge=1)  # largest number of tasks of the array at a time
 
     @property
     def outlives_nodes(self) -> bool:
@@ -185,7 +187,7 @@ class SlurmConfig:
             if self.nodes.is_range:
                 problem, todo = "requeues the job, but slurm.requeue=false", "leave one of them out"
             problems.append(("grow", problem, todo))
-        if self.at_once is not None and self.runs is None:
+        if self.at_once is not None and self.runs is None and self.array is None:
             problems.append(("at_once", "needs slurm.runs", "set slurm.runs=FILE"))
         for name in ("mounts", "runtime"):
             if getattr(self, name) and self.container is None:
@@ -337,6 +339,9 @@ class SubmitJob(PlanJob):
             problem = f"{self.slurm.time} is not longer than the {lead} s reserved for saving"
             todo = "set a longer time, or lower launch.grace or slurm.lead"
             problems.append(("slurm.time", problem, todo))
+        if self.slurm.array is not None:
+            problem = "is for submit shards, whose tasks share one build"
+            problems.append(("slurm.array", problem, "set slurm.runs=FILE for an array of runs"))
         wants_gpus = self.machine.memory_bytes is not None
         if wants_gpus and not self.slurm.has_gpus:
             problem = f"no GPU is requested, but machine is {self.machine.name}"

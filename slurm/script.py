@@ -99,7 +99,8 @@ class Command:
 @dataclass(frozen=True)
 class CommandArray:
     """Commands, each a task of one array, on all of slurm.nodes at once. begins_after: a job that
-    must have begun."""
+    must have begun; lead: seconds before the time limit at which a command ends, and its task is
+    requeued to go on; None: it ends at the limit."""
 
     title: str
     job_name: str
@@ -108,15 +109,22 @@ class CommandArray:
     settings: SlurmConfig
     profile: str
     begins_after: str | None = None
+    lead: int | None = None
 
     def script(self) -> str:
         """Return the script as text. Raises UserError for a value that doesn't fit in one line."""
+        log = ("truncate", "a task that starts again writes a new log")
+        if self.lead is not None:
+            log = ("append", "a task that goes on appends to the same log")
         options = [
-            ("--open-mode=truncate", "a task that starts again writes a new log"),
+            (f"--open-mode={log[0]}", log[1]),
             (f"--nodes={self.settings.nodes}", ""),
             ("--ntasks-per-node=1", ""),
             ("--requeue", "a task starts again, as one does that waits for its checkpoint"),
         ]
+        if self.lead is not None and self.settings.time is not None:
+            why = "this many seconds before the limit, the command ends, and the task is requeued"
+            options.append((f"--signal=B:USR1@{self.lead}", why))
         return _rendered(
             "command_array.sbatch.j2", self.settings, self.submission, self.profile, options,
             title=self.title,

@@ -320,16 +320,18 @@ def _broadcast(submission: Submission, hosts: Sequence[str], place: str) -> list
     ]
 
 
-def command(submission: Submission, hosts: Sequence[str], words: Sequence[str]) -> list[str]:
+def command(
+    submission: Submission, hosts: Sequence[str], words: Sequence[str], *srun_options: str
+) -> list[str]:
     """Return the command that runs `words` once on each host, from the code of the submission. If
-    one fails, SLURM ends the others, which may wait for it."""
+    one fails, SLURM ends the others, which may wait for it. srun_options: further ones."""
     lines = [
         "set -e",
         *own_scratch(_SCRATCH),
         *_unpack(submission.code, '"$FORESCALE_NODE"'),
         f"exec {shlex.join(words)}",
     ]
-    options = ["--kill-on-bad-exit=1", *containers.options(submission)]
+    options = ["--kill-on-bad-exit=1", *srun_options, *containers.options(submission)]
     start = srun(submission.settings, 1, *options, hosts=hosts)
     return [*start, "bash", "-c", "\n".join(lines)]
 

@@ -160,7 +160,9 @@ def in_queue(
     if not by_id or not queue.is_here():
         return []
     ids = sorted({str(i).partition("_")[0] for i in by_id})
-    jobs = {j.id: j for j in (ask or queue.jobs)(ids)}
+    queued = (ask or queue.jobs)(ids)
+    # Of an array that is one submission, the first task that is there stands for all.
+    jobs = {j.id.partition("_")[0]: j for j in reversed(queued)} | {j.id: j for j in queued}
     return [(s, jobs[i]) for i, s in by_id.items() if i in jobs and s.is_of(jobs[i])]
 
 

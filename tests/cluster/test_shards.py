@@ -1,42 +1,80 @@
-"""A dataset that nodes of SLURM build together: the bytes of one process, after a lost node too."""
+"""A dataset that nodes of SLURM build together, or tasks of an array: the bytes of one process,
+after a lost node and near a time limit too."""
 
 import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.cluster.lab import Lab
 
-WORDS = ["vocab_size=400", "shard_tokens=200000", "member_tokens=50000", "workers=1"]
+KEYS = ["vocab_size=400", "shard_tokens=200000", "member_tokens=50000", "workers=1"]
 
 
-def test_two_nodes_build_what_one_process_builds_though_one_is_lost(lab: Lab, tmp_path: Path):
-    rows = tmp_path / "rows.jsonl"
-    lines = (f"Line {i} of a long text, about number {i * i}.\n" for i in range(250_000))
-    texts = ("".join(group) for group in zip(*[lines] * 50, strict=True))
-    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+class Corpus:
+    """Rows of text in a folder, and the datasets that are built of them there."""
 
-    def forescale(verb: str, name: str, *keys: str) -> str:
-        words = [*verb.split(), str(rows), f"output={tmp_path / name}", *WORDS, *keys]
-        command = [sys.executable, "-P", "-m", "forescale", *words, "curate.steps=[repair]"]
-        return lab.run(*command, cwd=tmp_path, env={"OMP_NUM_THREADS": "1"}, seconds=300)
+    def __init__(self, lab: Lab, folder: Path):
+        self.lab, self.folder, self.rows = lab, folder, folder / "rows.jsonl"
+        lines = (f"Line {i} of a long text, about number {i * i}.\n" for i in range(250_000))
+        texts = ("".join(group) for group in zip(*[lines] * 50, strict=True))
+        self.rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
-    output = forescale(
-        "submit shards", "both", "slurm.nodes=2", "slurm.exclusive=true",
-        f"slurm.scratch={lab.scratch}",
-    )  # fmt: skip
-    job = output.partition("Submitted job ")[2].partition(":")[0] + "_0"
-    finished = tmp_path / ".both.building/curated"
+    def forescale(self, *words: str) -> str:
+        command = [sys.executable, "-P", "-m", "forescale", *words]
+        return self.lab.run(*command, cwd=self.folder, env={"OMP_NUM_THREADS": "1"}, seconds=300)
+
+    def build(self, verb: str, name: str, *keys: str) -> str:
+        output = f"output={self.folder / name}"
+        words = [*verb.split(), str(self.rows), output, *KEYS, *keys]
+        printed = self.forescale(*words, "curate.steps=[repair]")
+        return printed.partition("Submitted job ")[2].partition(":")[0]
+
+    def contents(self, name: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (self.folder / name).iterdir()}
+
+
+@pytest.fixture
+def corpus(lab: Lab, tmp_path: Path) -> Corpus:
+    return Corpus(lab, tmp_path)
+
+
+def test_nodes_and_arrays_build_what_one_process_builds(lab: Lab, corpus: Corpus):
+    corpus.build("shards", "alone")
+    lost_node(lab, corpus)
+    time_limit(lab, corpus)
+
+
+def lost_node(lab: Lab, corpus: Corpus) -> None:
+    of_slurm = ("slurm.nodes=2", "slurm.exclusive=true", f"slurm.scratch={lab.scratch}")
+    job = corpus.build("submit shards", "both", *of_slurm) + "_0"
+    finished = corpus.folder / ".both.building/curated"
     lab.wait(lambda: [*finished.glob("0*")], 120)
     _, node = lab.run("scontrol", "show", "hostnames", lab.show(job)["NodeList"]).split()
     lab.power_off(node)
     before = len([*finished.glob("0*")])
+    status = corpus.forescale("status", "both")
+    assert "both: building" in status
+    assert f"job {job}: running" in status
     lab.wait(lambda: lab.show(job)["Restarts"] == "1", 120)
     lab.wait(lambda: lab.state(job) == "COMPLETED", 300)
     assert 0 < before < 64, "the node was lost while the build was under way"
-    forescale("shards", "alone")
-    alone, both = (
-        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
-        for name in ("alone", "both")
-    )
-    assert alone == both
+    assert corpus.contents("both") == corpus.contents("alone")
+    assert "1: curate: " in corpus.forescale("logs", "both", "follow=false", "lines=500")
     lab.power_on(node)
+
+
+def time_limit(lab: Lab, corpus: Corpus) -> None:
+    """SLURM's own signal comes a minute or so later; this is the same one."""
+    of_slurm = ("slurm.array=3", "slurm.at_once=2", "slurm.time=10 min")
+    job = corpus.build("submit shards", "array", *of_slurm, f"slurm.scratch={lab.scratch}")
+    finished = corpus.folder / ".array.building/curated"
+    lab.wait(lambda: [*finished.glob("0*")], 120)
+    lab.run("scancel", "--batch", "--signal=USR1", f"{job}_0")
+    lab.wait(lambda: lab.show(f"{job}_0")["Restarts"] == "1", 60)
+    assert 0 < len([*finished.glob("0*")]) < 64, "the signal came while the build was under way"
+    for task in range(3):
+        lab.wait(lambda task=task: lab.state(f"{job}_{task}") == "COMPLETED", 300)
+    assert corpus.contents("array") == corpus.contents("alone")
+    assert "requeued to go on" in corpus.forescale("logs", "array", "follow=false")

@@ -156,24 +156,24 @@ def log_line(progress: Progress, sentence: str) -> None:
 class Meter:
     """Adds up what workers report about a phase; called with the amounts since the last call."""
 
-    def __init__(self, progress: Progress, phase: str, total: int, unit: str):
-        """total: of the phase, in `unit`."""
+    def __init__(self, progress: Progress, phase: str, total: int | None, unit: str):
+        """total: of the phase, in `unit`; None: unknown."""
         self._progress, self._phase, self._total, self._unit = progress, phase, total, unit
-        self._done = self._tokens = 0
+        self.done = self._tokens = 0
 
     def __call__(self, amount: int, tokens: int) -> None:
         """Add an amount in the phase's unit, and a number of tokens."""
-        self._done += amount
+        self.done += amount
         self._tokens += tokens
-        if 0 < self._done < self._total:
+        if 0 < self.done < (self._total or self.done + 1):
             self._show()
 
     def end(self) -> None:
-        self._done = self._total
+        self._total = self.done = self.done if self._total is None else self._total
         self._show()
 
     def _show(self) -> None:
-        self._progress(self._phase, self._done, self._total, self._unit, tokens=self._tokens)
+        self._progress(self._phase, self.done, self._total, self._unit, tokens=self._tokens)
 
 
 class Rates:
@@ -191,6 +191,12 @@ class Rates:
         self._samples.append((now, done, tokens))
         while len(self._samples) > 2 and self._samples[1][0] <= now - _WINDOW:
             self._samples.popleft()
+
+    @property
+    def per_second(self) -> float:
+        """The amount of a second; 0 in the first one."""
+        (now, done, _), (then, done0, _) = self._samples[-1], self._samples[0]
+        return (done - done0) / (now - then) if now - then >= 1 else 0.0
 
     def text(self, total: int | None, unit: str) -> str:
         """Return such as "3.4 MB/s, 1,200,000 tokens/s, 12 s left"; "" in the first second."""

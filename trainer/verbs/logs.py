@@ -1,5 +1,5 @@
 """`forescale logs`: print the log of a rank as it grows; after a failure, the end of the log of the
-rank that failed first."""
+rank that failed first. Of a dataset's build, the log of its newest job."""
 
 import sys
 import time
@@ -12,6 +12,7 @@ from forescale.config.compose import parse
 from forescale.config.job import RunJob
 from forescale.config.schema import key
 from forescale.ground.errors import DONE, INTERRUPTED, USER, UserError
+from forescale.monitor.build import Build, find_build
 from forescale.resilience.outcome import LaunchRecord, launch_of, log_of
 from forescale.resilience.rank_log import RankLog
 from forescale.run.directory import Attempt, Run
@@ -26,18 +27,27 @@ _LAST_LINES = 25  # of the rank that failed first
 class LogsJob(RunJob):
     VERB: ClassVar[str] = "logs"
 
-    rank: int | None = key(0, ge=0)  # the rank whose log to print; null: the batch script
+    # the rank whose log to print; null: the batch script. Of a dataset's build: the task of the
+    # array, or the node (0: all of them)
+    rank: int | None = key(0, ge=0)
     attempt: int | None = key(None, ge=1)  # number of the attempt; null: the newest with a log
     lines: int = key(50, ge=0)  # number of last lines to begin with
     follow: bool = True  # print new lines until the attempt ends
 
 
 JOB = LogsJob
-EXAMPLES = ("logs first", "logs first rank=3 follow=false", "logs first rank=null lines=200")
+EXAMPLES = (
+    "logs first",
+    "logs first rank=3 follow=false",
+    "logs first rank=null lines=200",
+    "logs /data/web   (the job that builds this dataset)",
+)
 
 
 def main(words: list[str]) -> int:
     job = parse(LogsJob, words)
+    if build := find_build(job.target or "", job.run.root):
+        return _show_build(build, job)
     run = Run.existing(job.target or "", job.run.root)
     if job.rank is None:
         return _show_batch(run, job, _JobIsGone(run))
@@ -146,6 +156,27 @@ def _show(log: RankLog, lines: int, goes_on) -> None:
             break
         time.sleep(_EVERY if not text else 0.0)
     sys.stdout.writelines(iter(read, ""))
+
+
+def _show_build(build: Build, job: LogsJob) -> int:
+    """Print the log of a build's newest job: of one task of an array, or of one node."""
+    if not (last := next(iter(newest(build.jobs)), None)):
+        where = ", ".join(b.label for b, state in build.builders if state == "lives")
+        todo = f"it prints to the terminal of {where}" if where else "no job was submitted for it"
+        print(f"No log of {build.output}: {todo}. See forescale status {build.output}")
+        return DONE
+    tasks, rank = len([*last.links.iterdir()]), job.rank or 0
+    log = RankLog(last.links / str(rank if tasks > 1 else 0), rank or None if tasks == 1 else None)
+    if not log.exists:
+        queued = next((queued for _, queued in queue_cache.in_queue([last])), None)
+        state = f"{queued.state.lower()} ({queued.reason})" if queued else "no longer in the queue"
+        print(f"No log yet: {log}. Job {last.job} is {state}.")
+        return DONE
+    print(f"== {log}", flush=True)
+    is_gone = _JobIsGone(build.jobs)
+    _show(log, job.lines, lambda: job.follow and queue.is_here() and not is_gone())
+    print(f"== Dataset {build.output}: {Build(build.output).state}.")
+    return DONE
 
 
 def _show_batch(run: Run, job: LogsJob, is_gone: _JobIsGone) -> int:

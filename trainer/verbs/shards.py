@@ -4,7 +4,10 @@ Corpora that are tokenised already are indexed in place; `forescale shards show`
 contents of a dataset.
 """
 
-from contextlib import nullcontext
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,11 +20,10 @@ from forescale.data.curate.curation import Curation
 from forescale.data.dataset import MANIFEST, TOKENIZER, Dataset
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.pool import available
-from forescale.data.prepare.share import share_of
 from forescale.data.prepare.show import show, summary_lines
 from forescale.data.text.documents import Policy
 from forescale.data.text.files import Files
-from forescale.ground.console import progress_display, silent
+from forescale.ground.console import progress_display
 from forescale.ground.errors import DONE, UserError
 
 _SHOW = {"windows": 3, "sequence_length": 256, "seed": 0}
@@ -113,16 +115,16 @@ def main(arguments: list[str]) -> int:
     if of_tokens and (wrong := next((name for name, does in of_text.items() if does), "")):
         problem = "is for text, and the input is tokenised already"
         raise UserError(wrong, problem, "leave it out, or give the text")
-    share = share_of()
-    with progress_display() if share.is_first else nullcontext(silent) as progress:
+    is_first = os.environ.get("SLURM_PROCID", "0") == "0"  # of the tasks of srun
+    with progress_display(10.0 if is_first else 60.0) as progress, _ended_by_signals():
         if of_tokens:
             _index(job, output, progress)
         else:
             curation = None if job.curate.is_empty else job.curate
             source = source_of(job)
             workers = job.workers or available()
-            build_dataset(source, output, build_config(job), progress, workers, curation, share)
-    if not share.is_first:
+            build_dataset(source, output, build_config(job), progress, workers, curation)
+    if not is_first:
         return DONE
     dataset = Dataset(output)
     head = "existed already, built from the same request" if was_there else "was built"
@@ -133,6 +135,21 @@ def main(arguments: list[str]) -> int:
     print(*summary_lines(dataset.manifest), sep="\n")
     print(f"\nNext: forescale train mine data.path={dataset.path}")
     return DONE
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """End as by Ctrl-C, within the block, at the signals by which SLURM announces an end."""
+
+    def end(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def output_of(job: ShardsJob) -> Path:

@@ -1,9 +1,12 @@
-"""`forescale status`: a table of all runs, or everything about one."""
+"""`forescale status`: a table of all runs, or everything about one, or about a dataset's build."""
 
 import json
 import os
+import shlex
 import time
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -19,6 +22,7 @@ from forescale.config.job import Job, Problems, RootConfig
 from forescale.config.schema import section
 from forescale.ground.console import open_console
 from forescale.ground.errors import DONE, UserError
+from forescale.monitor.build import Build, builds_under, find_build
 from forescale.monitor.curve import needs_ascii
 from forescale.monitor.facts import facts
 from forescale.monitor.overview import Index, show_runs
@@ -37,7 +41,7 @@ class StatusJob(Job):
     TARGET: ClassVar[str] = "target"
     FLAGS: ClassVar = {"--live": "live", "--json": "json"}
 
-    target: str | None = None  # a run (name or directory); null: all of them
+    target: str | None = None  # a run (name or directory) or a dataset; null: all runs
     live: bool = False  # refresh every two seconds; --live does the same
     # print JSON, for programs (its keys: forescale help monitor); --json does the same
     json: bool = False
@@ -50,13 +54,17 @@ class StatusJob(Job):
 
 
 JOB = StatusJob
-EXAMPLES = ("status", "status first", "status first --json")
+EXAMPLES = ("status", "status first", "status first --json", "status /data/web   (its build)")
 
 
 def main(words: list[str]) -> int:
     job = parse(StatusJob, words)
     console = open_console()
     in_ascii = needs_ascii(console.encoding, os.environ.get("TERM", ""))
+    if job.json and (build := _build_of(job)):
+        queued = [{"id": j.id, "state": j.state, "reason": j.reason} for j in _jobs_of(build)]
+        print(json.dumps(build.facts(queued), indent=2, allow_nan=False))
+        return DONE
     if job.json:
         runs = _runs(job)
         jobs, ends = _jobs(runs, open_console(stderr=True))
@@ -85,17 +93,52 @@ def page_of(job: StatusJob, index: Index, width: int, in_ascii: bool = False) ->
     drawn with ASCII characters alone."""
     text = StringIO()
     page = open_console(width=width, file=text, force_terminal=True)
-    runs = _runs(job)
+    if build := _build_of(job):
+        _show_build(build, page)
+        return Text.from_ansi(text.getvalue().rstrip())
+    runs, builds = _runs(job), [] if job.target else builds_under(index.root)
     jobs, ends = _jobs(runs, page)
     if job.target:
         name = runs[0].name
         show_run(index.statuses.of(runs[0]), page, jobs.get(name), ends.get(name), in_ascii)
     elif runs:
         show_runs(runs, index, page, jobs, ends)
-    else:
+    elif not builds:
         root = escape(str(index.root))
         page.print(f"No runs in {root} yet; start one with: forescale train")
+    for build in builds:
+        line = f"Dataset {build.output}: {build.state}; {build.progress}".rstrip("; ")
+        page.print(escape(line), soft_wrap=True)
     return Text.from_ansi(text.getvalue().rstrip())
+
+
+def _build_of(job: StatusJob) -> Build | None:
+    return find_build(job.target, job.run.root) if job.target else None
+
+
+def _jobs_of(build: Build) -> list[queue.Job]:
+    """Return the jobs of a build's newest submission that are in the queue."""
+    with suppress(UserError):  # the files show the build without it
+        for last in newest(build.jobs) if queue.is_here() else ():
+            return [job for job in queue_cache.jobs([str(last.job)]) if last.is_of(job)]
+    return []
+
+
+def _show_build(build: Build, page: Console) -> None:
+    sentences, again = [], ""
+    for last in newest(build.jobs):
+        again = shlex.join(["forescale", *last.facts["command"][1:]])
+        jobs = _jobs_of(build)
+        for state, count in Counter((job.state, job.reason) for job in jobs).items():
+            first = next(job for job in jobs if (job.state, job.reason) == state)
+            name = f"job {first.id}" if count == 1 else f"{count} tasks of job {last.job}"
+            facts = [f"{name}: {first.state.lower()}"]
+            if first.is_waiting:
+                facts += [f"SLURM's reason: {first.reason}", first.remedy]
+            elif count == 1:
+                facts += [f"for {first.elapsed}, {first.left} left, on {first.nodes} nodes"]
+            sentences.append(", ".join(filter(None, facts)))
+    build.show(page, sentences, again)
 
 
 def _jobs(

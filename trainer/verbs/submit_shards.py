@@ -25,9 +25,11 @@ from forescale.verbs.shards import ShardsJob, are_tokenised, output_of, source_o
 
 # Keys of slurm that say how many ranks of a run there are, or how it starts again.
 _OF_RUNS = (
-    *("spares", "grow", "tasks_per_node", "runs", "at_once", "pack", "lead"),
+    *("spares", "grow", "tasks_per_node", "runs", "pack"),
     *("requeue", "max_requeues"),
 )
+# Seconds before the time limit at which processes end; SLURM's signal may come a minute earlier.
+_LEAD = 30
 
 
 @dataclass
@@ -43,6 +45,7 @@ class SubmitShardsJob(ShardsJob):
 
 def submit(arguments: list[str]) -> None:
     """Submit the build that a command line describes; with submit.dry_run, only print the script.
+    The tasks of an array share the build as nodes do, whenever each of them starts.
 
     A job that ends early continues with its finished units when it is submitted again.
     """
@@ -60,14 +63,22 @@ def submit(arguments: list[str]) -> None:
     profile = next((w.partition("=")[2] for w in words if w.startswith("slurm=")), "plain")
     jobs = output.with_name(f".{output.name}.jobs")
 
+    size, lead = job.slurm.array or 1, int((job.slurm.lead and job.slurm.lead.seconds) or _LEAD)
+    limit = job.slurm.time.seconds if job.slurm.time else None
+    if limit and limit <= lead:
+        problem = f"{job.slurm.time} is not longer than the {lead} s in which processes end"
+        raise ConfigError([Problem("slurm.time", problem, "set a longer time")])
+
     def array(folder: Path) -> CommandArray:
+        names = ["shards"] if size == 1 else [f"shards-{i}" for i in range(size)]
         return CommandArray(
             title=f"Dataset {output}",
             job_name=f"{output.name}-shards",
-            commands=[Command("shards", ["shards", *command])],
+            commands=[Command(name, ["shards", *command]) for name in names],
             submission=Submission(folder),
             settings=job.slurm,
             profile=profile,
+            lead=lead,
         )
 
     if job.submit.dry_run:
@@ -78,11 +89,15 @@ def submit(arguments: list[str]) -> None:
     queue.must_be_here()
     if problems := limit_problems(job.slurm):
         raise ConfigError(problems)
+    if (largest := queue.largest_array() or size) < size:
+        print(f"Note: the cluster allows {largest} tasks of an array (MaxArraySize), not {size}.")
+        size = largest
     queue.expect_accepted(array(jobs / "NNNN").script())
     submitted = array(Run(jobs).new_job())
     (id,) = submit_arrays([submitted], job.input, [])
     nodes = "a node" if str(job.slurm.nodes) == "1" else f"{job.slurm.nodes} nodes"
-    print(f"Submitted job {id}: {output} on {nodes}.")
+    tasks = f"{size} tasks, each on " if size > 1 else ""
+    print(f"Submitted job {id}: {output} on {tasks}{nodes}.")
     print(f"  Script: {submitted.submission.script}")
-    print(f"Follow it: tail -f {submitted.log(submitted.commands[0])}. Stop it: scancel {id}")
+    print(f"Follow it: forescale status {output}, forescale logs {output}. Stop it: scancel {id}")
     print("If it ends early, the same command continues with what is finished.")

@@ -22,8 +22,9 @@ and about 50 bytes per document.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -37,7 +38,7 @@ from forescale.data.curate.curation import Curation
 from forescale.data.curate.units import Curated, attributes_of, curate_unit, tally_of
 from forescale.data.dataset import CURATION, ORIGINS
 from forescale.data.prepare.columns import UnitWriter, facts, finished
-from forescale.data.prepare.pool import Pool, Task
+from forescale.data.prepare.pool import Pool, Task, Tick, run_here
 from forescale.data.prepare.sample import TOKENIZER, compress_samples, sample_unit, texts
 from forescale.data.prepare.selection import (
     SPLITS,
@@ -51,13 +52,26 @@ from forescale.data.prepare.selection import (
     hash_unit,
     range_edges,
 )
-from forescale.data.prepare.share import ALONE, Share, wait_for
-from forescale.data.prepare.tokens import AssembleJob, EncodeJob, TokenRun, origins, plan_shards
-from forescale.data.prepare.work import Work, build_once, work_request
+from forescale.data.prepare.share import work_path
+from forescale.data.prepare.tokens import (
+    AssembleJob,
+    EncodeJob,
+    ShardPlan,
+    TokenRun,
+    origins,
+    plan_shards,
+)
+from forescale.data.prepare.work import (
+    Work,
+    expect_same,
+    is_done,
+    lock_of,
+    work_request,
+)
 from forescale.data.prepare.writer import write_manifest
 from forescale.data.text.documents import DocumentSource, ReadingReport, Unit
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, train_bpe, vocabulary_of
-from forescale.ground.console import Meter, Progress, silent
+from forescale.ground.console import Progress, silent
 from forescale.ground.errors import UserError
 from forescale.ground.storage import FileEntry, write_json
 
@@ -102,19 +116,18 @@ def build_dataset(
     progress: Progress = silent,
     workers: int = 1,
     curation: Curation | None = None,
-    share: Share = ALONE,
     held_out: Sequence[str] = (),
 ) -> Path:
     """Build a dataset at `output`, or find a finished one there that was built from the same
     request.
 
-    curation: what each document goes through before all else; None: nothing. share: of this
-    process, where several build the dataset together. held_out: inputs of the source that are held
-    out whole; then no other text is. workers: processes; with one, everything runs in this process,
-    others are started as `python -c` and get a pickled copy of the source. If the build is
-    interrupted or killed, there is no `output`, but a directory beside it (see work.py) from which
-    the next attempt continues. A second process with the same output waits for the first. Raises
-    UserError for sources without text, if a worker is killed, and if `output` holds something else.
+    curation: what each document goes through before all else; None: nothing. held_out: inputs of
+    the source that are held out whole; then no other text is. workers: processes; with one,
+    everything runs in this process, others are started as `python -c` and get a pickled copy of the
+    source. If the build is interrupted or killed, there is no `output`, but a directory beside it
+    (see work.py) from which the next attempt continues. Processes with the same output, here and
+    elsewhere, share its tasks (see share.py). Raises UserError for sources without text, if a
+    worker is killed, and if `output` holds something else.
     """
     output, config = Path(output), config or BuildConfig()
     config.check()
@@ -135,33 +148,38 @@ def build_dataset(
         request["tokenizer"] = f"{Path(config.tokenizer).name} {digest}"
     request = json.loads(json.dumps(request))
 
-    def build() -> None:
-        units = source.units()
-        work = Work(output, work_request(request, source, units), progress, share)
-        try:
-            with Pool(workers) as pool:
-                _Build(
-                    source, units, config, tokenizer, request, work, pool, progress, curation, share
-                ).run()
-            if share.is_first:  # only once nobody looks for a file of the work directory any more
-                others = [work.through(share._replace(rank=i)) for i in range(1, share.size)]
-                wait_for(others, progress, failed=work.failed(share))
-                work.publish()
-        except BaseException as e:
-            if share.size > 1:
-                with suppress(OSError):
-                    work.failed(share).write_text(str(e))
-            elif isinstance(e, ChangedError | NoTextError):
-                work.remove()  # otherwise the next attempt would use it again
-            else:
-                work.remove_if_empty()
-            raise
-
-    if share.is_first:
-        build_once(output, request, progress, build)
-    elif not output.exists():
-        build()
+    if output.exists() and not work_path(output).exists():  # perhaps in a read-only directory
+        expect_same(output, request)
+        return output
+    units = source.units()
+    with lock_of(output, progress, "prepares to build it"):
+        work = None
+        if not is_done(output):
+            work = Work(output, work_request(request, source, units), progress)
+    if work is not None:
+        with Pool(workers) as pool, _leaving(work, progress):
+            _Build(source, units, config, tokenizer, request, work, pool, progress, curation).run()
+    expect_same(output, request)
     return output
+
+
+@contextmanager
+def _leaving(work: Work, progress: Progress) -> Iterator[None]:
+    """Leave a build as it ended. (Once it is published, its directory is gone.)"""
+    try:
+        yield
+    except BaseException as e:
+        if isinstance(e, UserError | OSError) and work.output.exists():
+            work.finish()
+            return
+        is_useless = isinstance(e, ChangedError | NoTextError)  # else it would be used again
+        work.abandon(str(e) or type(e).__name__, is_useless, progress)
+        if str(e) == signal.SIGUSR1.name and not work.crew.num_new:  # it would go on like this
+            problem = "this start made no unit before its time limit"
+            todo = "submit it again with a longer slurm.time"
+            raise UserError(str(work.output), problem, todo) from None
+        raise
+    work.finish()
 
 
 @dataclass
@@ -177,7 +195,6 @@ class _Build:
     pool: Pool
     progress: Progress
     curation: Curation | None = None
-    share: Share = ALONE
 
     def run(self) -> None:
         work, config, units = self.work, self.config, self.units
@@ -199,10 +216,21 @@ class _Build:
             path = work.baselines
             tasks.append(Task("compressors", compare, (path,), max(sizes) + 1, path))
         self._phase("tokenise", "bytes", sum(sizes), tasks)
-        if (assembled := self._assemble(vocabulary)) is None:
-            work.through(self.share).touch()
-            return
-        rows, entries = assembled
+        shards = self._write_shards(vocabulary)
+        publish = partial(self._publish, selection, vocabulary, shards)
+        task = Task("the dataset", publish, (), 0, work.output)
+        self.work.crew.run("publish", "datasets", 1, [task], run_here)
+
+    def _publish(
+        self,
+        selection: Selection,
+        vocabulary: Vocabulary,
+        shards: Mapping[str, list[ShardPlan]],
+        tick: Tick,
+    ) -> None:
+        """Write the manifest, and give the dataset its name."""
+        work, units, bounds = self.work, self.units, selection.bounds
+        rows, entries = self._assemble(shards)
         splits: dict[str, Any] = {
             name: {"documents": 0, "tokens": 0, "bytes": 0, "shards": rows[name]} for name in SPLITS
         }
@@ -237,7 +265,7 @@ class _Build:
             "sources": [{"name": name, **source} for name, source in named],
             "left_out": left_out.as_dict(),
         }
-        if config.parquet:
+        if self.config.parquet:
             tables = [facts(task.result) for task in self._text_tasks(selection)]
             report["text"] = {"files": [table["row"] for table in tables]}
             entries |= {n: FileEntry(**e) for table in tables for n, e in table["files"].items()}
@@ -258,6 +286,7 @@ class _Build:
         write_manifest(
             work.stage, entries, vocabulary, splits, digest, self.request, report, compared
         )
+        work.publish()
 
     def _curate(self, curation: Curation) -> None:
         """Put all documents through the steps, and read what they keep from now on."""
@@ -270,14 +299,9 @@ class _Build:
         self.source = Curated(self.source, curation, self.across, numbers)
 
     def _phase(self, name: str, unit: str, total: int, tasks: Sequence[Task]) -> None:
-        """Do this process's share of the tasks, and wait for the others'."""
-        meter = Meter(self.progress, name, total, unit)
-        mine = self.share.mine([task.weight for task in tasks])
-        self.pool.run([tasks[place] for place in mine], meter)
-        others = [tasks[place] for place in sorted({*range(len(tasks))} - {*mine})]
-        results, failed = [task.result for task in others], self.work.failed(self.share)
-        wait_for(results, self.progress, lambda i: meter(others[i].weight, 0), failed)
-        meter.end()
+        """Do tasks, with all processes that build the dataset, until all are done."""
+        pool = self.pool if len(tasks) > 1 else Pool(1)
+        self.work.crew.run(name, unit, total, tasks, pool.run)
 
     def _each_unit(self, job: Any, folder: Path, *columns: Sequence[Any]) -> list[Task]:
         items = zip(range(len(self.units)), self.units, *columns, strict=True)
@@ -292,8 +316,8 @@ class _Build:
 
         curated, count = self.work.curated, len(self.units)
         attributes = attributes_of(curated, count) if self.curation is not None else {}
-        rows = self.work.rows
-        job = ParquetJob(selection, rows, self.work.stage, attributes, self.source.sources)
+        rows, work = self.work.rows, self.work
+        job = ParquetJob(selection, rows, work.parts, work.stage, attributes, self.source.sources)
         tasks = self._each_unit(job, rows)
         return [t._replace(result=rows / f"text-{t.result.name}.parquet") for t in tasks]
 
@@ -333,48 +357,48 @@ class _Build:
         return selection, sizes
 
     def _trained_tokenizer(self) -> bytes:
-        path, done = self.work.tokenizer, 0
-        if not self.share.is_first:
-            wait_for([path], self.progress, failed=self.work.failed(self.share))
-        if unit := finished(path):
-            return unit["json"].encode()
+        path = self.work.tokenizer
 
-        def sampled() -> Iterator[str]:
-            nonlocal done
-            for text in texts(self.work.samples, len(self.units), TOKENIZER):
-                yield text.decode("utf-8")
-                done += len(text)
-                self.progress("train the tokenizer", done, None, "bytes")
+        def train(tick: Tick) -> None:
+            def sampled() -> Iterator[str]:
+                for text in texts(self.work.samples, len(self.units), TOKENIZER):
+                    yield text.decode("utf-8")
+                    tick(len(text), 0)
 
-        trained = train_bpe(sampled(), self.config.vocab_size).to_str()
-        self.progress("train the tokenizer", done, done, "bytes")
-        with UnitWriter(path) as out:
-            out.finish({"json": trained})
-        return trained.encode()
+            if not finished(path):
+                trained = train_bpe(sampled(), self.config.vocab_size).to_str()
+                with UnitWriter(path) as out:
+                    out.finish({"json": trained})
 
-    def _assemble(
-        self, vocabulary: Vocabulary
-    ) -> tuple[dict[str, Any], dict[str, FileEntry]] | None:
-        """Return the manifest's rows of every split, and the entries of the new files; None where
-        another process is the first."""
-        work, config, all_facts = self.work, self.config, self._facts(self.work.tokens)
-        runs = [[TokenRun(*run) for run in unit["runs"]] for unit in all_facts]
+        task = Task("the tokenizer", train, (), 0, path)
+        self.work.crew.run("train the tokenizer", "bytes", None, [task], run_here)
+        return facts(path)["json"].encode()
+
+    def _runs(self) -> list[list[TokenRun]]:
+        return [[TokenRun(*run) for run in unit["runs"]] for unit in self._facts(self.work.tokens)]
+
+    def _write_shards(self, vocabulary: Vocabulary) -> dict[str, list[ShardPlan]]:
+        work, config = self.work, self.config
         # A worker gets them with each shard, and needs no file types.
-        bare = [[run._replace(kinds=()) for run in of] for of in runs]
+        bare = [[run._replace(kinds=()) for run in of] for of in self._runs()]
         shards = {s: plan_shards(work.tokens, bare, s, config.shard_tokens) for s in SPLITS}
         job = AssembleJob(
-            work.tokens, bare, work.rows, work.stage, vocabulary.dtype, config.member_tokens
-        )
+            work.tokens, bare, work.rows, work.parts, work.stage, vocabulary.dtype,
+            config.member_tokens,
+        )  # fmt: skip
         tasks = [
             Task(s.name, job, (split, s), s.tokens, work.rows / s.name)
             for split in SPLITS
             for s in shards[split]
         ]
-        if not self.share.is_first:  # the first removes all of these files, once they are there
-            mine = self.share.mine([task.weight for task in tasks])
-            self.pool.run([tasks[place] for place in mine], Meter(silent, "", 0, ""))
-            return None
         self._phase("write shards", "tokens", sum(task.weight for task in tasks), tasks)
+        return shards
+
+    def _assemble(
+        self, shards: Mapping[str, list[ShardPlan]]
+    ) -> tuple[dict[str, Any], dict[str, FileEntry]]:
+        """Return the manifest's rows of every split, and the entries of the files."""
+        work = self.work
         rows: dict[str, Any] = {}
         entries: dict[str, FileEntry] = {}
         for split in SPLITS:
@@ -382,5 +406,5 @@ class _Build:
             rows[split] = [unit["row"] for unit in units]
             entries |= {n: FileEntry(**e) for unit in units for n, e in unit["files"].items()}
         inputs = [unit.source for unit in self.units]
-        table = origins(work.tokens, runs, inputs, self.source.sources)
+        table = origins(work.tokens, self._runs(), inputs, self.source.sources)
         return rows, entries | {ORIGINS: write_json(work.stage / ORIGINS, table, compact=True)}

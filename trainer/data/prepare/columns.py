@@ -11,6 +11,7 @@ Equal work gives equal bytes, so repeated work may replace the file.
 
 import json
 import os
+import secrets
 import struct
 from bisect import bisect_left
 from contextlib import suppress
@@ -36,7 +37,7 @@ class UnitWriter:
     def __init__(self, path: Path):
         """path: the final name."""
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed in finish or __exit__
         self._sum = xxhash.xxh3_128()
         self._size = 0

@@ -9,9 +9,11 @@ held out there are two. A file depends on its unit, the selection and the versio
 Memory: about 100 MB, and some times the longest document.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -39,6 +41,7 @@ class ParquetJob:
 
     selection: Selection
     rows: Path
+    parts: Path
     stage: Path
     attributes: Mapping[str, bool]
     sources: Sequence[str]
@@ -47,14 +50,17 @@ class ParquetJob:
         name = f"text-{number:06d}.parquet"
         if not is_whole(self.rows / name, self.stage):
             counts = dict.fromkeys(SPLITS, 0)
-            with pq.ParquetWriter(self.stage / name, self.schema, compression="zstd") as out:
-                for parts in _groups(self.selection.parts(number, unit, ReadingReport())):
-                    rows = [self._row(part, self.sources[unit.source]) for part in parts]
-                    out.write_table(pa.Table.from_pylist(rows, self.schema))
-                    for part in parts:
-                        counts[part.split] += 1
-            fsync_path(self.stage / name)
-            entry = hash_file(self.stage / name)
+            with TemporaryDirectory(dir=self.parts) as folder:
+                path = Path(folder, name)
+                with pq.ParquetWriter(path, self.schema, compression="zstd") as out:
+                    for parts in _groups(self.selection.parts(number, unit, ReadingReport())):
+                        rows = [self._row(part, self.sources[unit.source]) for part in parts]
+                        out.write_table(pa.Table.from_pylist(rows, self.schema))
+                        for part in parts:
+                            counts[part.split] += 1
+                fsync_path(path)
+                entry = hash_file(path)
+                os.replace(path, self.stage / name)
             with UnitWriter(self.rows / name) as out_of_facts:
                 row = {"file": name, "sha256": entry.sha256, **counts}
                 out_of_facts.finish({"row": row, "files": {name: vars(entry)}})

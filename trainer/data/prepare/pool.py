@@ -16,8 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -36,7 +35,7 @@ _ENVIRONMENT = {_PARALLEL: "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREAD
 
 class Task(NamedTuple):
     """One call `job(*item, tick)`; `label` is for messages; those with more weight start first;
-    result: the file that is there when it is done."""
+    result: the file that is there when it is done, of which a phase has one of this name."""
 
     label: str
     job: Job
@@ -74,36 +73,47 @@ class Pool:
             worker.pipe.close()
         self._idle, self._busy = [], {}
 
-    def run(self, tasks: Sequence[Task], tick: Tick) -> None:
-        """Run all tasks.
+    def run(
+        self, tasks: Iterable[Task], tick: Tick, done: Callable[[Task], None] = lambda task: None
+    ) -> None:
+        """Run all tasks in their order; each is taken once a process is free for it. done: called
+        with each that is done.
 
         Raises the exception of a task; UserError, naming the task, if its process was killed. The
         pool can't be used after an exception.
         """
-        if self._workers == 1 or len(tasks) == 1:
+        if self._workers == 1:
             # tokenizers reads it at each call: in this process, too, it encodes on one core.
             before = os.environ.get(_PARALLEL, "true")  # the value of data/tokenizer.py
             os.environ[_PARALLEL] = "false"
             try:
-                for task in tasks:
-                    task.job(*task.item, tick)
+                run_here(tasks, tick, done)
             finally:
                 os.environ[_PARALLEL] = before
             return
         jobs: dict[int, tuple[int, bytes]] = {}  # by id: the number, and the message for the pipe
-        todo = deque(sorted(tasks, key=lambda task: -task.weight))
-        while todo or self._busy:
-            while todo and len(self._busy) < self._workers:
-                task = todo.popleft()
+        todo = iter(tasks)
+        while True:
+            while len(self._busy) < self._workers and (task := next(todo, None)):
                 if id(task.job) not in jobs:
                     self._jobs += 1
                     jobs[id(task.job)] = self._jobs, pickle.dumps((self._jobs, task.job))
                 worker = self._idle.pop() if self._idle else _Worker()
                 self._busy[worker.pipe] = worker
                 worker.begin(task, *jobs[id(task.job)])
+            if not self._busy:
+                return
             for pipe in wait(list(self._busy)):
-                if self._busy[pipe].is_done(tick):
+                if task := self._busy[pipe].done(tick):
                     self._idle.append(self._busy.pop(pipe))
+                    done(task)
+
+
+def run_here(tasks: Iterable[Task], tick: Tick, done: Callable[[Task], None]) -> None:
+    """Run all tasks in this process; done: called with each that is done."""
+    for task in tasks:
+        task.job(*task.item, tick)
+        done(task)
 
 
 class _Worker:
@@ -120,10 +130,10 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 process_group=0,  # Ctrl-C reaches only the parent, which ends the workers
             )
-        self._label, self._job = "", 0
+        self._task, self._job = Task("", print, (), 0, Path()), 0
 
     def begin(self, task: Task, number: int, job: bytes) -> None:
-        self._label = task.label
+        self._task = task
         try:
             if number != self._job:
                 self.pipe.send_bytes(job)
@@ -132,8 +142,8 @@ class _Worker:
         except OSError:
             raise self._died() from None
 
-    def is_done(self, tick: Tick) -> bool:
-        """Receive a message; return True if the task is finished. Raises its exception."""
+    def done(self, tick: Tick) -> Task | None:
+        """Receive a message; return the task if it is finished. Raises its exception."""
         try:
             message = self.pipe.recv()
         except (EOFError, ConnectionResetError):
@@ -142,9 +152,10 @@ class _Worker:
             raise self._no_memory()
         if isinstance(message, BaseException):
             raise message
-        if message is not None:
-            tick(*message)
-        return message is None
+        if message is None:
+            return self._task
+        tick(*message)
+        return None
 
     def _died(self) -> UserError:
         code = self.process.wait()
@@ -152,11 +163,11 @@ class _Worker:
             return self._no_memory()
         end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         problem = f"its worker process died ({end})"
-        return UserError(self._label, problem, "run the same command again")
+        return UserError(self._task.label, problem, "run the same command again")
 
     def _no_memory(self) -> UserError:
         problem = "its worker process was killed, probably because memory ran out"
-        return UserError(self._label, problem, "run the same command again with fewer workers")
+        return UserError(self._task.label, problem, "run the same command again with fewer workers")
 
 
 def serve(fd: int) -> None:

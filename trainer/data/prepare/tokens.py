@@ -18,12 +18,14 @@ holds more (one document can) is gathered at once.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +40,7 @@ from forescale.data.prepare.writer import ShardWriter
 from forescale.data.text.documents import ReadingReport, Unit, pieces
 from forescale.data.text.opening import bare
 from forescale.data.tokenizer import Vocabulary, token_bytes
+from forescale.ground.storage import FileEntry
 
 _BATCH = 1 << 20  # bytes of text that are encoded at a time
 _PIECE = 1 << 20  # bytes; a longer document is encoded in pieces
@@ -286,6 +289,7 @@ def origins(
 @dataclass(frozen=True)
 class AssembleJob:
     """Write a shard and its index into `stage`, and its row and the files' hashes into `rows`.
+    They are made in a directory of their own in `parts`: two processes may make the same shard.
 
     directory: holds the units' tokens; units: their runs.
     """
@@ -293,6 +297,7 @@ class AssembleJob:
     directory: Path
     units: list[list[TokenRun]]
     rows: Path
+    parts: Path
     stage: Path
     dtype: np.dtype
     member_tokens: int
@@ -302,7 +307,17 @@ class AssembleJob:
         if is_whole(path, self.stage):
             tick(shard.tokens, shard.tokens)
             return
-        writer = ShardWriter(self.stage, shard.name, self.dtype, self.member_tokens)
+        with TemporaryDirectory(dir=self.parts) as part:
+            row, files = self._write(Path(part), split, shard, tick)
+            for name in files:
+                os.replace(Path(part, name), self.stage / name)
+        with UnitWriter(path) as out:
+            out.finish({"row": row, "files": {name: vars(entry) for name, entry in files.items()}})
+
+    def _write(
+        self, part: Path, split: str, shard: ShardPlan, tick: Tick
+    ) -> tuple[dict[str, Any], dict[str, FileEntry]]:
+        writer = ShardWriter(part, shard.name, self.dtype, self.member_tokens)
         for low, high in zip(shard.edges, shard.edges[1:], strict=False):
             reported = writer.tokens
             for ids in self._gathered(split, low, high):
@@ -311,9 +326,7 @@ class AssembleJob:
                     tick(writer.tokens - reported, writer.tokens - reported)
                     reported = writer.tokens
             tick(writer.tokens - reported, writer.tokens - reported)
-        row, files = writer.finish()
-        with UnitWriter(path) as out:
-            out.finish({"row": row, "files": {name: vars(entry) for name, entry in files.items()}})
+        return writer.finish()
 
     def _gathered(self, split: str, low: int, high: int) -> Iterator[np.ndarray]:
         """Yield the verified documents with shuffle keys in [low, high), in order."""

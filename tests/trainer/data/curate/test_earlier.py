@@ -19,7 +19,6 @@ from forescale.data.curate.substrings import Substrings
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.sample import documents
-from forescale.data.prepare.share import ALONE
 from forescale.data.text.files import Files
 from forescale.monitor.report.curation import page
 
@@ -29,8 +28,7 @@ CONFIG = BuildConfig(
 BUILD = """
 import sys
 from tests.trainer.data.curate.test_earlier import built
-from forescale.data.prepare.share import share_of
-built(*sys.argv[1:], share=share_of())
+built(*sys.argv[1:])
 """
 
 
@@ -47,7 +45,7 @@ def built(rows, output, *against, unit_bytes=5_000, stays="first", **options):
     build_dataset(
         Files([rows], unit_bytes=unit_bytes), output, CONFIG, curation=curation, **options
     )
-    return Dataset(output) if options.get("share", ALONE).is_first else None
+    return Dataset(output)
 
 
 def texts_of(dataset):
@@ -110,30 +108,19 @@ def test_the_bytes_are_those_of_one_process_for_several_and_after_kills(planted,
     against, (one, other) = str(folder / "web"), (tmp_path / "one", tmp_path / "other")
     built(rows, one, against)
 
-    def started(start):
-        slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
-        return [
-            subprocess.Popen(
-                [sys.executable, "-c", BUILD, rows, other, against],
-                env={
-                    **os.environ,
-                    **slurm,
-                    "SLURM_PROCID": str(i),
-                    "SLURM_RESTART_COUNT": str(start),
-                    "PYTHONPATH": os.pathsep.join(sys.path),
-                },
-            )
-            for i in range(2)
-        ]
+    def started():
+        command = [sys.executable, "-c", BUILD, rows, other, against]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        return [subprocess.Popen(command, env=env) for _ in range(2)]
 
-    processes, signed = started(0), tmp_path / ".other.building" / "signatures"
+    processes, signed = started(), tmp_path / ".other.building" / "signatures"
     while not (signed.is_dir() and len([*signed.iterdir()]) > 2):
         time.sleep(0.005)
     for process in processes:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not other.exists()
-    for process in started(1):
+    for process in started():
         assert process.wait(60) == 0
     assert {path.name: path.read_bytes() for path in one.iterdir()} == {
         path.name: path.read_bytes() for path in other.iterdir()

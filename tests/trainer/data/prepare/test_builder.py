@@ -293,29 +293,28 @@ def test_finished_units_of_changed_files_are_not_used(tmp_path):
         build()
 
 
-def test_a_second_builder_waits_and_finds_the_result(texts, tmp_path):
+def test_a_second_builder_waits_for_the_first_where_it_cannot_help(texts, tmp_path):
     began, waits, lines = threading.Event(), threading.Event(), []
 
     class Slow(Texts):
         def read(self, unit, report):
-            began.set()
-            assert waits.wait(60)
+            if not began.is_set():
+                began.set()
+                assert waits.wait(60)
             yield from super().read(unit, report)
 
-    class Unread(Texts):
-        def read(self, unit, report):
-            raise AssertionError("read by the second builder")
-
-    def second(sentence, *rest, **options):
-        lines.append(sentence)
+    def second(sentence, done, total, unit, **options):
+        lines.extend([sentence] * (not unit))
         waits.set()
 
-    first = threading.Thread(target=build_dataset, args=(Slow(texts), tmp_path / "d", SMALL))
+    source = Slow(texts, per_unit=len(texts))
+    first = threading.Thread(target=build_dataset, args=(source, tmp_path / "d", SMALL))
     first.start()
     assert began.wait(60)
-    path = build_dataset(Unread(texts), tmp_path / "d", SMALL, second)
+    path = build_dataset(source, tmp_path / "d", SMALL, second)
     first.join()
-    assert lines == [f"{path}: waiting for another process that is building it"]
+    assert lines == [f"{path}: built together with another process"]
+    assert {p.name for p in tmp_path.iterdir()} == {"d", ".d.lock"}
 
 
 def test_pieces_join_to_the_text_and_split_no_character():
