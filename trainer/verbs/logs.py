@@ -46,7 +46,7 @@ EXAMPLES = (
 
 def main(words: list[str]) -> int:
     job = parse(LogsJob, words)
-    if build := find_build(job.target or "", job.run.root):
+    if job.target and (build := find_build(job.target, job.run.root)):
         return _show_build(build, job)
     run = Run.existing(job.target or "", job.run.root)
     if job.rank is None:

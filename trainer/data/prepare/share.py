@@ -3,7 +3,7 @@ tasks that nobody does yet, and may come and go at any time: whoever is left doe
 
     builders/n1-4021-1a2b     of each process: who it is, its phase, its pace (JSON, each 5 s)
     claims/tokenise/000012    a link, whose text names the process that does this task of a phase
-    claims/tokenise/000012.done    the same, once its result is there
+    claims/tokenise/000012.done    the same, once its result is there; with + if that is new
 
 Invariant: a result depends on the task alone and gets its name by a rename. So no result depends on
 claims, nor on who is thought to live: a task that two do is only time lost. A result counts if
@@ -35,7 +35,7 @@ _RECORD = 4096  # bytes, all of them written at first: later a full disk doesn't
 _SOONEST, _LATEST = 0.05, 5.0  # seconds between looks while there is nothing to do
 _LOOK = 10.0  # seconds between looks at what others have done
 _REPORT = 60.0  # seconds between lines that say for whom this process waits
-_DONE = ".done"
+_DONE, _NEW = ".done", "+"
 Do = Callable[[Iterator[Task], Tick, Callable[[Task], None]], None]
 
 
@@ -124,7 +124,7 @@ class Crew:
         self._work, self._progress = work, progress
         host = socket.gethostname().partition(".")[0]
         self.id = f"{host}-{os.getpid()}-{secrets.token_hex(2)}"
-        self.num_new = 0  # results that were not there before
+        self.num_new = self.num_own = 0  # results that were not there before: of all, of this one
         self._facts: dict[str, Any] = {
             **{"host": host, "pid": os.getpid(), "birth": _birth(os.getpid()), "place": _place()},
             **{**_job(), "began": time.time(), "phase": "", "turn": 0, "ended": ""},
@@ -214,7 +214,7 @@ class Crew:
     def _note(self, amount: int = 0, **facts: Any) -> None:
         with self._lock:
             self._own += amount
-            self._facts.update(facts, new=self.num_new)
+            self._facts.update(facts, new=self.num_own)
 
     def _sign(self) -> None:
         with self._lock:
@@ -266,8 +266,10 @@ class _Phase:
 
     def is_done(self, task: Task) -> None:
         name = task.result.name
-        self._crew.num_new += name in self._new
-        self._link(f"{name}{_DONE}")
+        is_new = name in self._new
+        self._crew.num_new += is_new
+        self._crew.num_own += is_new
+        self._link(f"{name}{_DONE}", _NEW * is_new)
         self.left.pop(name, None)
         self._note()
 
@@ -276,8 +278,10 @@ class _Phase:
         self._crew.expect_known()
         self._looked, names = time.monotonic(), {*os.listdir(self._folder)}
         for name in [name for name in self.left if f"{name}{_DONE}" in names]:
-            if self._crew.state(self._owner(f"{name}{_DONE}")) != "dead":
+            owner = self._owner(f"{name}{_DONE}")
+            if self._crew.state(owner.removesuffix(_NEW)) != "dead":
                 self.meter(self.left.pop(name).weight, 0)
+                self._crew.num_new += owner.endswith(_NEW)
         self._note()
         return names
 
@@ -300,12 +304,13 @@ class _Phase:
             with suppress(FileExistsError):
                 os.symlink(self._crew.id, self._folder / name)
                 return True
-        if self._crew.lives(self._owner(name)):
-            return False
+        owner = self._owner(name)
+        if owner != self._crew.id and self._crew.lives(owner):
+            return False  # (Its own is one that NFS made, and then said that it was there.)
         self._link(name)
         return True
 
-    def _link(self, name: str) -> None:
+    def _link(self, name: str, mark: str = "") -> None:
         new = self._folder / f".{self._crew.id}"
-        os.symlink(self._crew.id, new)
+        os.symlink(f"{self._crew.id}{mark}", new)
         os.replace(new, self._folder / name)

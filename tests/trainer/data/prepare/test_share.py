@@ -77,20 +77,24 @@ def test_kills_and_newcomers_change_no_byte(rows, alone, tmp_path):
         output = tmp_path / f"out{builds}"
         work, builds = tmp_path / f".out{builds}.building", builds + 1
         processes = started(rows, output, chance.randint(2, 8))
-        for _ in range(3):
+        for _ in range(chance.randint(1, 5)):
             results = chance.randint(1, 70)
-            while not output.exists() and len([*work.glob("[!bc]*/0*")]) < results:
+            while alive(processes) and len([*work.glob("[!bc]*/0*")]) < results:
                 time.sleep(0.01)
-            (victim := chance.choice(processes)).kill()
-            killed += victim.wait() == -signal.SIGKILL
-            processes += started(rows, output, chance.randint(0, 2))
-        if all(process.poll() is not None for process in processes):
-            processes += started(rows, output, 1)
+            if victims := alive(processes):
+                (victim := chance.choice(victims)).kill()
+                killed += victim.wait() == -signal.SIGKILL
+                processes += started(rows, output, chance.randint(0, 2))
+        processes += started(rows, output, 1)
         for process in processes:
             process.communicate(timeout=120)
             assert process.returncode in (0, -signal.SIGKILL)
         assert contents(output) == alone
         assert not work.exists()
+
+
+def alive(processes):
+    return [process for process in processes if process.poll() is None]
 
 
 @pytest.fixture
