@@ -197,9 +197,6 @@ class Crew:
             problem = "is gone: another process has finished the build, or begun it anew"
             raise UserError(str(self._work), problem, "run the same command again")
 
-    def lives(self, id: str) -> bool:
-        return self.state(id) == "lives"
-
     def state(self, id: str) -> str:
         """Return the state of a process, as it was some seconds ago at most."""
         if id == self.id:
@@ -305,7 +302,7 @@ class _Phase:
                 os.symlink(self._crew.id, self._folder / name)
                 return True
         owner = self._owner(name)
-        if owner != self._crew.id and self._crew.lives(owner):
+        if owner != self._crew.id and self._crew.state(owner) == "lives":
             return False  # (Its own is one that NFS made, and then said that it was there.)
         self._link(name)
         return True
