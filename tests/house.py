@@ -29,7 +29,7 @@ BANNED = {
 # A change that needs more lines lets others go, or raises the number here and says in its commit
 # which lines it looked at.
 BUDGETS = {
-    "lines of source": 87_400,
+    "lines of source": 87_450,
     "lines of tests": 70_200,
     "lines of the largest room": 14_240,  # scaling/; every other one is below 9,000
     "names that name nothing": 0,
