@@ -75,10 +75,8 @@ class Builder:
 
 def read_builders(work: Path) -> list[Builder]:
     """Return the processes that have had a part in a build since it was last begun, by name."""
-    with suppress(FileNotFoundError):
-        paths = sorted((work / BUILDERS).iterdir())
-        return [builder for path in paths if (builder := _read(path))]
-    return []
+    paths = sorted((work / BUILDERS).glob("[!.]*"))
+    return [builder for path in paths if (builder := _read(path))]
 
 
 def _read(path: Path) -> Builder | None:
@@ -133,9 +131,12 @@ class Crew:
         self._known: dict[str, tuple[float, str]] = {}  # states of others: when looked up, which
         self._path = work / BUILDERS / self.id
         self._path.parent.mkdir(exist_ok=True)
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        # Who is killed before its first sign has no name: without facts it would seem to live.
+        new = self._path.with_name(f".{self.id}")
+        self._fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._lock, self._over = threading.Lock(), threading.Event()
         self._sign()
+        os.rename(new, self._path)
         self._signs = threading.Thread(target=self._give_signs, daemon=True)
         self._signs.start()
 

@@ -125,6 +125,17 @@ def test_a_process_elsewhere_lives_by_its_signs(crew, tmp_path, monkeypatch):
     assert states == ["lives", "dead", "ended", "dead", "lives"]
 
 
+def test_nobody_waits_for_a_process_that_ended_before_its_first_sign(tmp_path, monkeypatch):
+    def end(crew):
+        raise SystemExit
+
+    monkeypatch.setattr(Crew, "_sign", end)
+    with pytest.raises(SystemExit):
+        Crew(tmp_path, silent)
+    assert [*(tmp_path / share.BUILDERS).iterdir()]
+    assert not share.read_builders(tmp_path)
+
+
 def test_a_process_here_lives_while_the_kernel_knows_it(crew, tmp_path):
     process = subprocess.Popen(["sleep", "60"])
     facts = {"pid": process.pid, "birth": _birth(process.pid), "place": _place()}
