@@ -60,11 +60,14 @@ class Launcher(ABC):
         """Start the cells that can start now, as many as may run at once."""
 
     def advance(self) -> None:
-        """Decide and start cells; once nothing is left, predict and start the target too."""
+        """Decide and start cells; once nothing is left, predict and start the target too. A stop
+        signal may come while a stage is decided: nothing starts after it."""
         advance(self.study, self.log)
-        self.start_ready()
+        if self.stop_signal is None:
+            self.start_ready()
         has_target = any(c.role == "target" for c in self.study.plan.cells)
-        if self.keys.target and not self.running() and not has_target:
+        is_over = not (self.running() or has_target) and self.stop_signal is None
+        if self.keys.target and is_over:
             add_target(self.study, self.log)
             self.start_ready()
 
@@ -164,7 +167,9 @@ class LocalLauncher(Launcher):
     def _on_signal(self, number: int, frame) -> None:
         again, self.stop_signal = self.stop_signal is not None, number
         if not again:
-            self.log(f"Stopping: {len(self._processes)} cells save a checkpoint and end.")
+            count = len(self._processes)
+            cells = f"{count} cells save a checkpoint and end"
+            self.log(f"Stopping: {cells if count else 'no cell runs, and none starts'}.")
         for process in self._processes.values():
             process.send_signal(signal.SIGINT if again else signal.SIGTERM)
 
@@ -175,7 +180,7 @@ class LocalLauncher(Launcher):
         """Start cells; a branch needs its trunk's checkpoint."""
         started = {s.cell.name for s in self.study.states() if s.status != "ready"}
         for cell in self.study.unfinished():
-            if len(self._processes) >= self.keys.at_once:
+            if len(self._processes) >= self.keys.at_once or self.stop_signal is not None:
                 return
             trunk, step = cell.trunk, cell.trunk_step or 0
             can_start = trunk is None or cell.name in started

@@ -1,6 +1,8 @@
 """Failures in a study, with a fake training: each is reported, stored, and not repeated."""
 
 import json
+import os
+import signal
 
 import pytest
 
@@ -12,6 +14,7 @@ from forescale.scaling.config import PlanKeys, StudyJob
 from forescale.scaling.design.plan import StudyPlan, StudyStage
 from forescale.scaling.design.recipes import BASE, RecipeGrid, recipes_of
 from forescale.scaling.design.shapes import Common
+from forescale.scaling.study import launching
 from forescale.scaling.study.directory import Study
 
 LIST = ["plan.kind=list", "plan.runs=[[1e4,1e5],[2e4,1e5],[4e4,1e5]]", "plan.cap=1e13"]
@@ -86,6 +89,15 @@ def test_a_diverged_cell_is_not_run_again(little, fake_training):
     assert run("launch") == 0
     assert len(fake_training.started) == count
     assert "r1" not in set(Study(folder).table()["name"])
+
+
+def test_a_stop_while_a_stage_is_decided_starts_nothing(little, fake_training, monkeypatch, capsys):
+    run, _ = little
+    stop = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    monkeypatch.setattr(launching, "advance", stop)
+    assert run("launch") == 75
+    assert "Stopping: no cell runs, and none starts." in capsys.readouterr().out
+    assert not fake_training.started
 
 
 @pytest.mark.slow  # launches
