@@ -1,5 +1,6 @@
 """`forescale status` and `logs` of a dataset that is being built."""
 
+import errno
 import json
 import os
 import time
@@ -81,13 +82,25 @@ def test_status_of_a_build_shows_its_phase_and_who_builds(crew, forescale):
 
 def test_status_says_how_a_build_ended_and_what_to_type(crew, submission, forescale, monkeypatch):
     monkeypatch.setattr(queue, "is_here", lambda: False)
-    crew.leave("[Errno 28] No space left on device: '/data/x'")
+    crew.leave("/data/x: the disk is full")
     out = forescale.prints("status", "web")
     assert "/web: interrupted" in out
-    assert "ago: [Errno 28] No space left on device: '/data/x'\n" in out
+    assert "ago: /data/x: the disk is full\n" in out
     assert "was at read and hash: 3.0 of 8.0 MB (38%), 1 of 2 tasks\n" in out
     again = "forescale submit shards a.txt output=web"
     assert out.splitlines()[-1] == f"Next: {again}; it continues with what is finished"
+
+
+def test_a_full_disk_is_said_in_words(work, tmp_path, monkeypatch, forescale):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("forescale.data.prepare.work.publish", full)
+    (tmp_path / "a.txt").write_text("A text of some words.\n" * 40)
+    config = BuildConfig(tokenizer="bytes", validation=0.0)
+    with pytest.raises(OSError, match="No space left"):
+        build_dataset(Files([tmp_path / "a.txt"]), tmp_path / "web", config)
+    assert "ago: storage: the disk is full; free some space" in forescale.prints("status", "web")
 
 
 def test_a_process_that_was_killed_elsewhere_is_lost(work, forescale):

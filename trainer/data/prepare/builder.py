@@ -72,7 +72,7 @@ from forescale.data.prepare.writer import write_manifest
 from forescale.data.text.documents import DocumentSource, ReadingReport, Unit
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, train_bpe, vocabulary_of
 from forescale.ground.console import Progress, silent
-from forescale.ground.errors import UserError
+from forescale.ground.errors import UserError, storage_error
 from forescale.ground.storage import FileEntry, write_json
 
 
@@ -173,7 +173,8 @@ def _leaving(work: Work, progress: Progress) -> Iterator[None]:
             work.finish()
             return
         is_useless = isinstance(e, ChangedError | NoTextError)  # else it would be used again
-        work.abandon(str(e) or type(e).__name__, is_useless, progress)
+        known = storage_error(e) if isinstance(e, OSError) else None
+        work.abandon(str(known or e) or type(e).__name__, is_useless, progress)
         if str(e) == signal.SIGUSR1.name and not work.crew.num_new:  # it would go on like this
             problem = "this start made no unit before its time limit"
             todo = "submit it again with a longer slurm.time"
