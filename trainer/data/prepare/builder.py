@@ -31,8 +31,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from forescale.data.curate.across import Across
 from forescale.data.curate.curation import Curation
 from forescale.data.curate.units import Curated, attributes_of, curate_unit, tally_of
@@ -42,7 +40,6 @@ from forescale.data.prepare.pool import Pool, Task, Tick, run_here
 from forescale.data.prepare.sample import TOKENIZER, compress_samples, sample_unit, texts
 from forescale.data.prepare.selection import (
     SPLITS,
-    VALIDATION,
     ChangedError,
     HashRun,
     NoTextError,
@@ -53,6 +50,7 @@ from forescale.data.prepare.selection import (
     range_edges,
 )
 from forescale.data.prepare.share import work_path
+from forescale.data.prepare.sums import sums_of
 from forescale.data.prepare.tokens import (
     AssembleJob,
     EncodeJob,
@@ -230,64 +228,39 @@ class _Build:
         tick: Tick,
     ) -> None:
         """Write the manifest, and give the dataset its name."""
-        work, units, bounds = self.work, self.units, selection.bounds
+        work, bounds = self.work, selection.bounds
         rows, entries = self._assemble(shards)
-        splits: dict[str, Any] = {
-            name: {"documents": 0, "tokens": 0, "bytes": 0, "shards": rows[name]} for name in SPLITS
-        }
-        columns = ("documents", "bytes", "tokens", "read_bytes")
-        sources = [dict.fromkeys(columns, 0) for _ in self.source.sources]
-        lengths, left_out, corpus = np.zeros(64, np.int64), ReadingReport(), hashlib.sha256()
-        both = (self._facts(work.hashes), self._facts(work.tokens))
-        for unit, hashed, encoded in zip(units, *both, strict=True):
-            source = sources[unit.source]
-            source["read_bytes"] += hashed["bytes"]
-            for name, split in encoded["splits"].items():
-                for key, count in split.items():
-                    splits[name][key] += count
-                    source[key] += count
-            if bounds.tails[unit.source]:  # two parts of one document
-                divided = encoded["splits"][VALIDATION]["documents"]
-                source["documents"] -= divided
-                source["divided"] = source.get("divided", 0) + divided
-            lengths += encoded["lengths"]  # documents of 2^i tokens and more, with end of text
-            for unit_facts in (hashed, encoded):
-                left_out.merge(ReadingReport(**unit_facts["report"]))
-            corpus.update(encoded["digest"].encode())
-        read_bytes = sum(source["read_bytes"] for source in sources)
-        duplicates = {
-            "documents": left_out.counts.get("duplicate", 0),
-            "bytes": read_bytes - sum(split["bytes"] for split in splits.values()),
-        }
-        named = zip(self.source.sources, sources, strict=True)
-        report = {
-            "duplicates": duplicates,
-            "lengths": np.trim_zeros(lengths, "b").tolist(),
-            "sources": [{"name": name, **source} for name, source in named],
-            "left_out": left_out.as_dict(),
-        }
+        counted = zip(self.units, self._facts(work.hashes), self._facts(work.tokens), strict=True)
+        splits, report, digest = sums_of(counted, self.source.sources, bounds)
+        for name, split in splits.items():
+            split["shards"] = rows[name]
         if self.config.parquet:
             tables = [facts(task.result) for task in self._text_tasks(selection)]
             report["text"] = {"files": [table["row"] for table in tables]}
             entries |= {n: FileEntry(**e) for table in tables for n, e in table["files"].items()}
         compared = (facts(work.baselines) or None) if bounds.compared else None
-        digest = corpus.hexdigest()
         if self.curation is not None:
-            tally = tally_of(self.across.counted, len(units)).as_dict()
-            entries[CURATION] = write_json(work.stage / CURATION, tally)
-            hashes = [unit["raw"] for unit in self._facts(work.curated)]
-            report["curation"] = {
-                "raw": hashlib.sha256("".join(hashes).encode()).hexdigest(),
-                "file": CURATION,
-                "sha256": entries[CURATION].sha256,
-                "steps": tally["steps"],
-            }
-            if self.curation.against:
-                report["curation"]["against"] = self.across.earlier.places(self.work.output)
+            entries[CURATION], report["curation"] = self._audit(self.curation)
         write_manifest(
             work.stage, entries, vocabulary, splits, digest, self.request, report, compared
         )
         work.publish()
+
+    def _audit(self, curation: Curation) -> tuple[FileEntry, dict[str, Any]]:
+        """Write what the steps did; return the entry of that file, and its part of the report."""
+        work = self.work
+        tally = tally_of(self.across.counted, len(self.units)).as_dict()
+        entry = write_json(work.stage / CURATION, tally)
+        hashes = [unit["raw"] for unit in self._facts(work.curated)]
+        audit = {
+            "raw": hashlib.sha256("".join(hashes).encode()).hexdigest(),
+            "file": CURATION,
+            "sha256": entry.sha256,
+            "steps": tally["steps"],
+        }
+        if curation.against:
+            audit["against"] = self.across.earlier.places(work.output)
+        return entry, audit
 
     def _curate(self, curation: Curation) -> None:
         """Put all documents through the steps, and read what they keep from now on."""
