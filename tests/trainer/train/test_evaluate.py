@@ -23,7 +23,8 @@ def dataset(tmp_path_factory):
     for i in range(30):
         (folder / f"{i:02}.py").write_text(f"x = 'naïve {i}'\n" * (3 + i % 5) + "# 数据\n")
     config = BuildConfig(vocab_size=280, validation=0.4, shard_tokens=211, member_tokens=100)
-    return Dataset(build_dataset(Files([folder]), folder.parent / "built", config))
+    built = tmp_path_factory.mktemp("built") / "data"
+    return Dataset(build_dataset(Files([folder]), built, config))
 
 
 def surprise(previous, token):
