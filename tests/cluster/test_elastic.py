@@ -4,6 +4,7 @@ run on two nodes that nothing happened to.
 FORESCALE_CLUSTER=all has 4, 2, 3, 1 and 4 nodes; without it one fewer, and one more.
 """
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from forescale.run.rows import read_rows
 from tests.cluster.lab import Lab
 from tests.cluster.submitted import ALL, Fault, Job, tell
 
-# More nodes are faster, though they share the cores of this machine.
+# More nodes are faster, though they share the cores of this machine. Fewer last for RESENT seconds.
 PACE = """\
 import os, time
 
 class Pace:
     def see(self, step, summary):
-        time.sleep(0.15 * (4 - int(os.environ["WORLD_SIZE"])))
+        time.sleep(0.8 * (4 - int(os.environ["WORLD_SIZE"])))
 """
 STEPS = 500 if ALL else 200
 KEYS = {
@@ -33,6 +34,9 @@ ELASTIC = {
     "plan.restart": "2 s",
     "callbacks": "[{_target_: pace.Pace}]",
 }
+# SLURM tells a node that didn't answer again after 60 s (its RPC_RETRY_INTERVAL) to end the step
+# that was lost there. A job that has been requeued by then has another step of the same number.
+RESENT = 65
 OF_THE_CLOCK = {"attempt", "seconds", "tokens_per_second", "mfu", "memory_bytes"}
 
 
@@ -76,6 +80,7 @@ def power_off(lab: Lab, *nodes: str) -> None:
 
 def test_a_node_goes_and_comes_back(lab, job):
     changes_to(job, 3, "node powered off, `slurm.nodes=1-4`", lambda: lab.power_off("n2"))
+    time.sleep(RESENT)
     assert lab.show(job.id)["Restarts"] == "0", "the job never went back to the queue"
     grown = "a node more is free, `slurm.grow='5 s'`"
     changes_to(job, 4, grown, lambda: lab.power_on("n2"))  # not before: the job may grow at once
@@ -98,6 +103,7 @@ def test_four_two_three_one_and_four_nodes(lab, job):
 
     high: list[str] = []
     changes_to(job, 2, "a node cut off, another powered off, `slurm.nodes=1-4`", cut_and_power_off)
+    time.sleep(RESENT)
     changes_to(job, 3, "a node more is free", lambda: lab.power_on("n4"))
     changes_to(job, 1, "preempted, one node is left", preempt)
     changes_to(job, 4, "all nodes are free again", free_all)
