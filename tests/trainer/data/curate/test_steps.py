@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from forescale.config.compose import compose
 from forescale.data.curate.step import Draft
 from forescale.data.curate.steps import STEPS
 from forescale.data.curate.steps.inputs import package
 from forescale.ground.errors import UserError
+from forescale.verbs.shards import ShardsJob
 
 PROSE = (
     "The river rises in the hills to the north of the town, and it runs past two old mills. "
@@ -163,11 +165,25 @@ def test_c4_drops_documents(text, reason, tmp_path):
         ("\n".join([*(line.rstrip(".") for line in LINES[:17]), *LINES[17:]]), None),  # 0.15
         ("\n".join([LINES[0], *(f"Item {i}." for i in range(3))]), "short lines"),
         ("\n\n".join([*LINES[:3], LINES[0]]), "repeated lines"),
+        ("\n".join([*LINES, "Tree0 stood."]), None),
+        ("\n".join([*LINES, "Tree stood.", "Tree stood."]), "repeated lines"),  # 0.014
         (" \n\n", "empty"),
     ],
 )
 def test_fineweb(text, reason):
     assert decision("fineweb", text)[0] == reason
+
+
+def test_curation_of_the_web_has_the_numbers_that_made_fineweb():
+    steps = compose(ShardsJob, ["input=[a]", "output=b", "curate=web"]).curate.steps
+    c4, fineweb = (x for x in steps if type(x).__name__ in ("C4", "FineWeb"))
+    draft = Draft("a", "\n".join(["Three words here"] * 5))
+    assert c4(draft) is None
+    assert draft.text.count("\n") == 4
+    assert c4(Draft("a", "It is one of only four.\n" * 4)) == "too few sentences"
+    lists = "\n".join(f"Entry{i * 10**25} is in." for i in range(9))
+    assert fineweb(Draft("a", lists)) is None
+    assert fineweb(Draft("a", lists.replace(" is in", ""))) == "many line ends"
 
 
 def test_fineweb_counts_line_ends_where_asked():
