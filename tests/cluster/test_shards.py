@@ -10,6 +10,14 @@ import pytest
 from tests.cluster.lab import Lab
 
 KEYS = ["vocab_size=400", "shard_tokens=200000", "member_tokens=50000", "workers=1"]
+# A step that keeps all, and takes its time (some 75 s of two tasks) as long as there is a file.
+PATIENT = """import os, time
+
+class Patient:
+    def __call__(self, text):
+        time.sleep(0.03 if os.path.exists("slowly") else 0)
+        return 1.0
+"""
 
 
 class Corpus:
@@ -18,6 +26,7 @@ class Corpus:
     def __init__(self, lab: Lab, folder: Path):
         self.lab, self.folder, self.rows = lab, folder, folder / "rows.jsonl"
         lines = (f"Line {i} of a long text, about number {i * i}.\n" for i in range(250_000))
+        (folder / "patient.py").write_text(PATIENT)
         texts = ("".join(group) for group in zip(*[lines] * 50, strict=True))
         self.rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
@@ -28,7 +37,8 @@ class Corpus:
     def build(self, verb: str, name: str, *keys: str) -> str:
         output = f"output={self.folder / name}"
         words = [*verb.split(), str(self.rows), output, *KEYS, *keys]
-        printed = self.forescale(*words, "curate.steps=[repair]")
+        steps = "curate.steps=[repair, {kind: classifier, target: patient.Patient}]"
+        printed = self.forescale(*words, steps)
         return printed.partition("Submitted job ")[2].partition(":")[0]
 
     def contents(self, name: str) -> dict[str, bytes]:
@@ -66,20 +76,18 @@ def lost_node(lab: Lab, corpus: Corpus) -> None:
 
 
 def time_limit(lab: Lab, corpus: Corpus) -> None:
-    """SLURM's own signal comes a minute or so later; this is the same one."""
-    of_slurm = ("slurm.array=3", "slurm.at_once=2", "slurm.time=10 min")
+    """SLURM, which looks at limits every 30 s, sends its signal 15 to 45 s after the start."""
+    of_slurm = ("slurm.array=3", "slurm.at_once=2", "slurm.time=1 min", "slurm.lead=15 s")
+    slowly = corpus.folder / "slowly"
+    slowly.touch()
     job = corpus.build("submit shards", "array", *of_slurm, f"slurm.scratch={lab.scratch}")
-
-    def has_begun() -> bool:
-        records = (corpus.folder / ".array.building/builders").glob("*")
-        facts = [json.loads(record.read_text()) for record in records]
-        return any(f["job"] == f"{job}_0" and f.get("new") for f in facts)
-
-    lab.wait(has_begun, 120)
-    lab.run("scancel", "--batch", "--signal=USR1", f"{job}_0")
-    lab.wait(lambda: lab.show(f"{job}_0")["Restarts"] == "1", 60)
+    tasks = [f"{job}_{i}" for i in range(3)]
+    lab.wait(lambda: lab.show(tasks[0])["Restarts"] == "1", 120)
     assert not (corpus.folder / "array").exists(), "the signal came while the build was under way"
-    for task in range(3):
-        lab.wait(lambda task=task: lab.state(f"{job}_{task}") == "COMPLETED", 300)
+    slowly.unlink()
+    for task in tasks:  # from now on no signal, however slow the machine is
+        lab.run("scontrol", "update", f"JobId={task}", "TimeLimit=10", check=False)
+    for task in tasks:
+        lab.wait(lambda task=task: lab.state(task) == "COMPLETED", 300)
     assert corpus.contents("array") == corpus.contents("alone")
     assert "requeued to go on" in corpus.forescale("logs", "array", "follow=false")
