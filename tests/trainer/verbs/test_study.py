@@ -59,9 +59,10 @@ def test_the_output_has_the_law_its_uncertainty_and_its_doubts(fit):
     code, out, _ = fit(surface(0.01), "target.parameters=1e10", "target.tokens=2e11")
     assert code == 0
     assert re.search(r"^alpha +0\.\d+ +0\.\d+ +0\.\d+ +0\.\d+", out, re.MULTILINE)
-    assert "Fit: certified as the global optimum" in out
+    assert "Global optimum: yes" in out
     assert re.search(r"^D\* = .*, through the minima of 4 parabolas", out, re.MULTILINE)
-    assert re.search(r"^Loss: [12]\.\d+\n50% interval: [12]\.", out, re.MULTILINE)
+    assert re.search(r"Answer\nLoss: [12]\.\d+\n90% interval: [12]\.", out)
+    assert "Backtest: 1 prediction at 10 times the known compute were off by" in out
     assert "Compute: 1.2e22 FLOPs, 12 times the most expensive run" in out
     assert "the widths come from the errors of 3 earlier forecasts" in out
     assert "Backtest, one budget ahead, once: predictions by level were off by" in out

@@ -25,6 +25,8 @@ from forescale.scaling.forecasting.predictor import INNER, OUTER
 from forescale.scaling.report.fit_sections import no_backtests
 
 _GRID, _FINE = 61, 72
+_NEXT = 1.01  # times the most expensive run: where the forecast begins
+_FIRST = 350  # pixels: the height of the picture on the first screen
 _AHEAD = 10.0  # the law is drawn to this multiple of the most expensive run, or to the target
 _UNREPEATED = 1e30  # unique tokens, so many that none is repeated
 
@@ -94,10 +96,14 @@ class Figures:
         texts = self._texts
         if notes is not None:
             texts = [f"{t}\n{note}" if note else t for t, note in zip(texts, notes, strict=True)]
-        colours = chart.viridis([0.35]) * len(x)
-        if self.shades:
-            colours = [self.shades[float(b)] for b in self.study.table["budget"]]
-        return chart.dots(x, y, colours, texts, empty)
+        return chart.dots(x, y, self._colours, texts, empty)
+
+    @cached_property
+    def _colours(self) -> list[str]:
+        """The colour of each run: that of its budget."""
+        if not self.shades:
+            return chart.viridis([0.35]) * len(self.study.all_points)
+        return [self.shades[float(b)] for b in self.study.table["budget"]]
 
     @cached_property
     def grid(self) -> Array:
@@ -221,28 +227,49 @@ class Figures:
             self._add_star(figure, "flops", which)
         return figure
 
-    def loss_by_compute(self) -> Picture:
-        """Loss over C, with the prediction intervals beyond the runs."""
+    def loss_by_compute(self, target: chart.Trace | None = None) -> Picture:
+        """The lowest loss of each budget over C, the law, and the prediction intervals beyond. The
+        axes fit these, not the runs above. target: in place of today's star."""
         if isinstance(frontier := self.frontier, str):
             return frontier
         assert self.compute is not None
-        study = self.study
-        across = chart.Axis(self.c, log=True, power=True)
-        figure = chart.Figure(across, chart.Axis(self.loss, log=True))
-        value, ends = frontier["loss"]
+        study, f, most = self.study, self.prediction, float(self.grid[-1])
         greatest = study.calibrated.greatest
-        on = np.append(greatest, self.grid[self.grid > greatest])
-        at = self.best(study.fit.vector, on)
-        ahead = study.predicted(at, on)
+        if isinstance(f, Prediction) and f.extrapolation_factor > _NEXT:
+            most = f.extrapolation_factor * greatest
+        on = np.geomspace(_NEXT * greatest, most, _GRID)
+        ahead = study.predicted(self.best(study.fit.vector, on), on)
+        figure = chart.Figure(
+            chart.Axis(self.c, log=True, power=True), chart.Axis(self.loss, log=True), _FIRST
+        )
         for level, colour in ((study.job.level, chart.WIDE), (0.5, chart.NARROW)):
             figure.add(chart.band(on, ahead.interval(level), colour, f"{level:.0%} prediction"))
-        figure.add(chart.line(on, ahead.loss, chart.TARGET, "dot", name="predicted"))
-        figure.add(chart.band(self.grid, ends, chart.BAND))
-        text = [f"L*({c:.4g}) = {x:.5g}" for c, x in zip(self.grid, value, strict=True)]
-        figure.add(chart.line(self.grid, value, chart.INK, texts=text, name="law"))
-        figure.add(self._runs(self.compute, study.all_points.loss))
+        texts = [
+            f"C {c:.4g}\npredicted {x:.5g}\n{study.job.level:.0%}: {low:.5g} to {high:.5g}"
+            for c, x, low, high in zip(on, ahead.loss, *ahead.interval(study.job.level),
+                                       strict=True)
+        ]  # fmt: skip
+        figure.add(chart.line(on, ahead.loss, chart.TARGET, "dot", texts=texts, name="predicted"))
+        known, value = self.grid <= most, frontier["loss"][0]
+        figure.add(chart.line(self.grid[known], value[known], chart.FAINT, name="law"))
+        at, losses = self._lowest, study.all_points.loss
+        colours, texts = ([each[i] for i in at] for each in (self._colours, self._texts))
+        figure.add(chart.dots(self.compute[at], losses[at], colours, texts))
+        if target is not None:
+            return figure.add(target)
         self._add_star(figure, "flops", "loss")
         return figure
+
+    @property
+    def _lowest(self) -> list[int]:
+        """The best run of each budget; where there are none, the runs that no cheaper one beats."""
+        losses, flops = self.study.all_points.loss, self.compute
+        if self.shades or flops is None:
+            budgets = self.study.table["budget"].to_numpy(dtype=float)
+            return [int(np.where(budgets == b, losses, np.inf).argmin()) for b in self.shades]
+        order = np.lexsort((losses, flops))
+        least = np.minimum.accumulate(losses[order])
+        return order[losses[order] <= least].tolist()
 
     def contours(self) -> Picture:
         """Contours of L(N, D)."""

@@ -23,7 +23,7 @@ from forescale.scaling.report.fit_figures import Figures, flops_key
 from forescale.scaling.report.provenance import RECORDS, as_csv, counted, provenance
 from forescale.scaling.report.task_section import task_section
 
-MAIN = ("isoflop", "optimum", "envelope", "task", "forecasts", "response")  # sections for papers
+MAIN = ("prediction", "isoflop", "optimum", "task", "forecasts", "response")  # sections for papers
 
 
 def write(
@@ -73,19 +73,19 @@ def page(
 ) -> tuple[str, list[Section]]:  # fmt: skip
     """Return the report as HTML, and its sections: the law's figures, the study's, the law's
     tables, provenance. For the arguments see `write`."""
-    intro, lead = "", list[Cell]()
+    lead = list[Cell]()
     if isinstance(study, str):
         has_budgets = "budget" in evidence.records
         colours = chart.shades(evidence.records["budget"].dropna()) if has_budgets else {}
         first = [Section("prediction", "Prediction", absent=f"There is no law yet: {study}")]
         last = list[Section]()
     else:
-        intro, lead = study.form.source, [parts.SYMBOLS, parts.ranges(study)]
+        lead = [parts.ranges(study)]
         size, cost, unit = counted(study)
         figures = Figures(study, size, cost, unit)
         colours = figures.shades
         doubts, notes = parts.doubts(study)
-        first = [parts.answer(study, figures.prediction), doubts, *_pictures(study, figures)]
+        first = [_answer(study, figures), doubts, *_pictures(study, figures)]
         if task is not None:
             first.append(task_section(task, figures))
         last = [parts.parameters(study), parts.certificate(study), parts.backtests(study),
@@ -93,14 +93,35 @@ def page(
         runs = f"{len(study.points)} of {len(study.all_points)} runs"
         for section in (*first, *last):
             section.rests = f"From {runs}. N: {size}; C: {cost}; loss in {unit}."
+        first[0].rests += f" {parts.SYMBOLS}"
     origin = provenance(study, evidence, where, command)
     sections = [*first, *study_sections.sections(evidence, colours), *last, origin]
     title = f"Scaling law of {Path(where).name if Path(where).is_file() else where}"
-    return render(title=title, intro=intro, lead=lead, sections=sections), sections
+    return render(title=title, lead=lead, sections=sections), sections
+
+
+def _answer(study: StudyFit, figures: Figures) -> Section:
+    """Return what the first screen of the page has."""
+    section = parts.answer(study, figures.prediction)
+    section.pictures = [
+        ("loss-by-compute", figures.loss_by_compute(),
+         "Dots: the lowest loss of each budget. Orange: the forecast at the best N and D, with its "
+         f"50% and {study.job.level:.0%} intervals for a new run. Star: the target. Grey: the law "
+         "L(N, D) alone."),
+    ]  # fmt: skip
+    return section
 
 
 def _pictures(study: StudyFit, figures: Figures) -> list[Section]:
     level, key = f"{study.job.level:.0%}", flops_key(figures.shades)
+    past = parts.history(study, figures.prediction)
+    past.key, past.pictures = key, [
+        ("backtest-errors", figures.backtests(),
+         "What this study would have predicted from its cheap budgets alone, by the method of the "
+         "answer. Each dot is one predicted run; its colour is the largest budget known then. "
+         "Hollow dots are outside the 90% interval of that moment. The shaded areas are today's "
+         "50% and 90% intervals."),
+    ]  # fmt: skip
     return [
         Section("isoflop", "Loss against model size, for each compute budget", [
             ("isoflop-curves", figures.isoflop(),
@@ -117,14 +138,6 @@ def _pictures(study: StudyFit, figures: Figures) -> list[Section]:
              f"minima of the parabolas, with its {level} band. Both estimate the same quantity; "
              "where they differ, the runs do not determine it. Star: the target."),
         ]),
-        Section("envelope", "Loss against compute", [
-            ("loss-by-compute", figures.loss_by_compute(),
-             "The line is L*(C), the lowest loss at each compute by the law. Without noise, all "
-             f"runs would lie on it or above. Grey: its {level} band from the resampled fits. "
-             "Orange, beyond the most expensive run: the predicted loss of a new run, with its 50% "
-             f"and {level} intervals. Star: the target, with its {level} interval. The law is not "
-             "fitted to hollow dots."),
-        ], key=key),
         Section("surface", "Predicted loss over model size and tokens", [
             ("contours", figures.contours(),
              "Each grey line joins points with the same predicted loss. Dots: the runs. Dashed "
@@ -138,11 +151,5 @@ def _pictures(study: StudyFit, figures: Figures) -> list[Section]:
              "or a curve is an error of the law, which grows beyond the runs. The law is not "
              "fitted to hollow dots."),
         ], key=key),
-        Section("backtests", "Backtests: predictions of more expensive runs", [
-            ("backtest-errors", figures.backtests(),
-             "What this study would have predicted from its cheap budgets alone, by the method of "
-             "the answer, one and two budgets ahead. Each dot is one predicted run; its colour is "
-             "the largest budget known then. Hollow dots are outside the 90% interval of that "
-             "moment. The shaded areas are today's 50% and 90% intervals."),
-        ], key=key),
+        past,
     ]  # fmt: skip

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from forescale.pages.document import Cell, Section, number, percent, span
 from forescale.scaling.analysis.backtest import MINIMA, Scores
+from forescale.scaling.analysis.forecast import rivals
 from forescale.scaling.analysis.prediction import Prediction
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.fitting.isoflop import IsoFlop
@@ -19,6 +20,7 @@ from forescale.scaling.forecasting.predictor import LAW, LEVEL, LINE
 
 DISTANCE = {1: "one budget", 2: "two budgets"}
 NO_TARGET = "No target is given (target.flops, target.parameters, target.tokens)."
+_UNTRIED = 2.0  # times as far as the farthest backtest, from where a prediction is untested
 SYMBOLS = (
     "N: model parameters. D: training tokens. C: training compute in FLOPs. L: loss. A star, as in "
     "N*, marks the best value for a given compute."
@@ -32,8 +34,8 @@ def terminal_sections(study: StudyFit) -> list[Section]:
     parabolas.absent = "" if parabolas.after else "The table has no budgets."
     reasons, notes = doubts(study)
     return [
-        answer(study, study.predict()), reasons, parameters(study), certificate(study), parabolas,
-        backtests(study), *sensitivity, influence(study), notes,
+        answer(study, f := study.predict()), reasons, history(study, f), parameters(study),
+        certificate(study), parabolas, backtests(study), *sensitivity, influence(study), notes,
     ]  # fmt: skip
 
 
@@ -50,46 +52,78 @@ def ranges(study: StudyFit) -> Markup:
 
 
 def answer(study: StudyFit, f: Prediction | str | None) -> Section:
-    """Return the prediction with its doubt, the law in numbers, and the doubt that matters most.
+    """Return the prediction, what the backtest says of its distance, and the first doubt.
 
     f: the prediction, or why there is none.
     """
-    after, rows = list[Cell](skill_lines(study.skill)), list[list[Cell]]()
+    rows, level = list[list[Cell]](), f"{study.job.level:.0%}"
     if not isinstance(f, Prediction):
-        rows.append(["Loss", f or NO_TARGET])
+        rows += [["Loss", f or NO_TARGET], ["Law", _values(study)]]
     else:
-        rows += [
-            ["Loss", number(f.loss)],
-            ["50% interval", span(f.inner)],
-            [f"{study.job.level:.0%} interval", span(f.outer)],
-        ]
-        names = ("N*, best parameters", "D*, best tokens") if f.sizes else (
-            "N, parameters", "D, tokens")  # fmt: skip
+        rows += [["Loss", number(f.loss)], [f"{level} interval", span(f.outer)],
+                 ["50% interval", span(f.inner)]]  # fmt: skip
+        star = "*" * bool(f.sizes)
+        names = (f"N{star}, parameters", f"D{star}, tokens")
         for i, (name, value) in enumerate(zip(names, (f.parameters, f.tokens), strict=True)):
             if np.isfinite(value):  # not by a law of C alone
                 ends = Markup(" ({})").format(span(f.sizes[i], 3)) if f.sizes else ""
-                rows.append([name, Markup("{}{}").format(number(value), ends)])
+                rows.append([name, Markup("{}{}").format(number(value, 4), ends)])
         compute = Markup("{} FLOPs, {} times the most expensive run")
         factor = number(f.extrapolation_factor, 4)
         rows.append(["Compute", compute.format(number(f.flops, 4), factor)])
-        after.insert(0, _basis(study, f))
-    values = Markup(", ").join(
+    after = [verdict(study, f.extrapolation_factor if isinstance(f, Prediction) else 1.0)]
+    if study.doubts:
+        first, *others = study.doubts
+        after.append(f"First doubt: {first}" + f" ({len(others)} more below)" * bool(others))
+    else:
+        after.append("No reason was found to doubt the numbers.")
+    return Section("prediction", "Answer", rows=rows, after=after, strong=True)
+
+
+def verdict(study: StudyFit, factor: float) -> str:
+    """Return in a sentence how far off such predictions were, at the backtests' distance that is
+    nearest to the target's. factor: its compute over that of the most expensive run."""
+    rows = study.earlier
+    lowest = None if rows is None else rows[rows["group"] == MINIMA]
+    if lowest is None or (lowest["method"] != study.method).all():
+        return no_backtests(study)
+    reach = lowest.groupby("ahead")["beyond"].median()
+    near = lowest[lowest["ahead"] == np.abs(np.log(reach / factor)).idxmin()]
+    scored, line = (near[near["method"] == m].set_index("origin") for m in (study.method, LINE))
+    error, of_line = (
+        float(each["error"].abs().mean()) for each in (scored, line.loc[scored.index])
+    )
+    low, high = scored["beyond"].min(), scored["beyond"].max()
+    held = f"{int(scored['inside_90'].sum())} of {len(scored)} were inside the 90% interval"
+    ends = " to ".join(dict.fromkeys(f"{x:.3g}" for x in (low, high)))
+    at = f"{len(scored)} prediction{'s' * (len(scored) > 1)} at {ends} times"
+    off = f"off by {error:.2%} on average, a straight line through the last two budgets by "
+    off += f"{of_line:.2%}; {held}"
+    if error > of_line:
+        off += ", but the line was better"
+        if factor > 1:
+            off += f": it predicts {rivals(study.points, factor)[LINE]['loss']:.4g}"
+    if factor > _UNTRIED * high:
+        return (
+            f"No backtest reaches the target, {factor:.4g} times the compute of the runs; the "
+            f"nearest, {at} the known compute, were {off}."
+        )
+    return f"Backtest: {at} the known compute were {off}."
+
+
+def history(study: StudyFit, f: Prediction | str | None) -> Section:
+    """Return what the intervals rest on, and how far off such predictions would have been."""
+    after = [_basis(study, f)] if isinstance(f, Prediction) else list[Cell]()
+    after += skill_lines(study.skill) or [no_backtests(study)]
+    return Section("backtests", "Backtests: predictions of more expensive runs", after=after)
+
+
+def _values(study: StudyFit) -> Cell:
+    """Return the parameters of the law."""
+    return Markup(", ").join(
         Markup("{} = {}").format(symbol, number(value, 4))
         for symbol, value in study.fit.values.items()
     )
-    verdict = "certified" if study.fit.certificate.holds else "not certified"
-    rows += [["Law", values], ["", study.form.source],
-             ["Fit", f"{verdict} as the global optimum"]]  # fmt: skip
-    if study.allocation is not None:
-        a, interval = study.allocation
-        growth = Markup("C<sup>a</sup>, a = {} ({})")
-        rows.append(["N* grows as", growth.format(number(a, 4), span(interval.tolist(), 4))])
-    first = "none was found"
-    if study.doubts:
-        first, *others = study.doubts
-        first += f" ({len(others)} more below)" if others else ""
-    rows.append(["First doubt", first])
-    return Section("prediction", "Answer", rows=rows, after=after, strong=True)
 
 
 def _basis(study: StudyFit, f: Prediction) -> Markup:
@@ -174,7 +208,12 @@ def parameters(study: StudyFit) -> Section:
         others = [other.values[symbol] for other in study.others.values()]
         rows.append([symbol, *map(number, (value, errors[symbol], low[i], high[i], *others))])
     text = "The last columns are fits of the same law with other objectives, and to all runs."
-    return Section("parameters", "Parameters of the law", rows=rows, head=True, after=[text])
+    after = list[Cell]([study.form.source, text])
+    if study.allocation is not None:
+        a, interval = study.allocation
+        growth = Markup("N* grows as C<sup>a</sup>, a = {} ({}).")
+        after.append(growth.format(number(a, 4), span(interval.tolist(), 4)))
+    return Section("parameters", "Parameters of the law", rows=rows, head=True, after=after)
 
 
 def certificate(study: StudyFit) -> Section:

@@ -5,6 +5,7 @@ import io
 import re
 from contextlib import contextmanager
 from html import unescape
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,15 +17,17 @@ from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.report import fit_page as module
 from forescale.scaling.report.evidence import StudyEvidence
+from forescale.scaling.report.fit_figures import Figures
+from forescale.scaling.report.fit_sections import verdict
 from tests.trainer.offline_tab import offline_tab
 from tests.trainer.scaling import simulated_study
 
 TRUTH = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 COMMAND = ("forescale", "study", "report", "my runs.csv")
-PICTURES = ("isoflop-curves", "best-parameters", "best-tokens", "loss-by-compute", "contours",
+PICTURES = ("loss-by-compute", "isoflop-curves", "best-parameters", "best-tokens", "contours",
             "residuals-by-compute", "residuals-by-size", "backtest-errors")  # fmt: skip
-SECTIONS = ("prediction", "doubts", "isoflop", "optimum", "envelope", "surface", "residuals",
+SECTIONS = ("prediction", "doubts", "isoflop", "optimum", "surface", "residuals",
             "backtests", "parameters", "certificate", "backtest-table", "influence", "notes",
             "provenance")  # fmt: skip
 
@@ -85,8 +88,7 @@ def test_every_section_and_figure_is_there(html):
 def test_numbers_are_those_of_the_fit(fit, html):
     f = fit.predict()
     sizes = (f.parameters, *f.sizes[0], f.tokens, *f.sizes[1])
-    want = [f.loss, *f.inner, *f.outer, *sizes, f.flops, f.extrapolation_factor]
-    want += fit.fit.values.values()
+    want = [f.loss, *f.outer, *f.inner, *sizes, f.flops, f.extrapolation_factor]
     assert values(section(html, "prediction"))[: len(want)] == want
     low, high = fit.replicates.interval(fit.job.level)
     rows = [
@@ -94,11 +96,58 @@ def test_numbers_are_those_of_the_fit(fit, html):
          *(other.values[s] for other in fit.others.values())]
         for i, (s, value) in enumerate(fit.fit.values.items())
     ]  # fmt: skip
-    assert values(section(html, "parameters")) == np.concatenate(rows).tolist()
+    a, interval = fit.allocation
+    want = [*np.concatenate(rows).tolist(), a, *interval.tolist()]
+    assert values(section(html, "parameters")) == want
     certificate = [fit.fit.value, fit.fit.certificate.scaled_gradient]
     assert values(section(html, "certificate"))[:2] == certificate
     bare = [float(r.inside_resampled.mean()) for r in fit.backtests]
     assert values(section(html, "backtest-table"))[4::6] == bare
+
+
+def test_the_first_picture_shows_minima_and_the_fan_of_the_forecast_and_fits_its_axes_to_them(fit):
+    figure, f = Figures(fit, "N", "C", "nats").loss_by_compute(), fit.predict()
+    (runs, _) = (t for t in figure.traces if t.kind == "dots")
+    lowest = fit.table.groupby("budget")["loss"].min()
+    assert runs.x.tolist() == lowest.index.tolist()
+    assert runs.y.tolist() == lowest.tolist()
+    assert figure.ends("y")[1] < 1.05 * lowest.max() < fit.table["loss"].max()
+    assert f.flops < figure.ends("x")[1] < 2 * f.flops
+    wide, narrow = (t for t in figure.traces if t.kind == "band")
+    for band, ends in ((wide, f.outer), (narrow, f.inner)):
+        assert band.x[[0, -1]] == pytest.approx([1.01e21, f.flops])
+        assert (band.y[-1], band.high[-1]) == pytest.approx(ends)
+
+
+def earlier(error: float, of_line: float, beyond: float = 3.0) -> pd.DataFrame:
+    """Two backtests one budget ahead, and worse ones two budgets ahead."""
+    return pd.DataFrame([
+        {"group": "minima", "method": method, "origin": origin, "ahead": ahead, "inside_90": 1.0,
+         "beyond": beyond**ahead, "error": ahead * size * (-1) ** origin}
+        for ahead in (1, 2) for origin in (3, 4) for method, size in
+        (("level", error), ("line", of_line))
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "factor", "sentence"),
+    [
+        (earlier(0.002, 0.004), 2, "Backtest: 2 predictions at 3 times the known compute were "
+         "off by 0.20% on average, a straight line through the last two budgets by 0.40%; 2 of 2 "
+         "were inside the 90% interval."),
+        (earlier(0.002, 0.004), 9, "off by 0.40% on average"),
+        (earlier(0.004, 0.002), 5, "but the line was better: it predicts 2."),
+        (earlier(0.002, 0.004), 1000, "No backtest reaches the target, 1000 times the compute of "
+         "the runs; the nearest, 2 predictions at 9 times the known compute, were off by"),
+        (None, 2, "No backtests"),
+    ],
+)  # fmt: skip
+def test_the_verdict_is_that_of_the_backtests_at_the_distance_of_the_target(
+    fit, rows, factor, sentence
+):
+    one = SimpleNamespace(earlier=rows, method="level", points=fit.points, table=fit.table,
+                          form=fit.form)  # fmt: skip
+    assert sentence in verdict(one, factor)
 
 
 def test_every_doubt_is_on_the_page(fit, html):
@@ -181,7 +230,7 @@ def test_the_main_figures_and_the_records_are_written_beside_the_page(fit, html,
     module.write(fit, StudyEvidence(fit.table), tmp_path / "report.html", where, COMMAND)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report-files", "report.html"]
     assert (tmp_path / "report.html").read_text() == html
-    names = [f"{name}.{form}" for name in ("envelope", "isoflop", "optimum") for form in FORMATS]
+    names = [f"{name}.{form}" for name in ("isoflop", "optimum", "prediction") for form in FORMATS]
     assert sorted(p.name for p in (tmp_path / "report-files").iterdir()) == sorted(
         [*names, "records.csv"]
     )
@@ -204,6 +253,15 @@ def test_a_browser_draws_it_offline(browser, fit, html, tmp_path, width):
         assert stars == [pytest.approx(fit.predict().loss, rel=1e-5)]
         _point_at_a_refused_run(tab)
         _zoom_and_save(tab)
+
+
+@pytest.mark.browser
+def test_the_first_screen_has_the_answer_its_picture_and_the_verdict(browser, html, tmp_path):
+    with opened(browser, html, tmp_path, 1280, ()) as tab:
+        places = ["#prediction table", "#loss-by-compute", "#prediction li >> nth=1"]
+        boxes = [tab.locator(one).bounding_box() for one in places]
+        assert all(box["y"] + box["height"] < 800 for box in boxes)
+        assert boxes[0]["x"] + boxes[0]["width"] < boxes[1]["x"], "they are side by side"
 
 
 @pytest.mark.browser

@@ -234,5 +234,5 @@ def test_a_planned_study_has_a_report_at_any_time(small_data, tmp_path, capsys):
     spent = sum(s.spent for s in Study(study.folder).states())
     assert repr(spent) in section(html, "costs")
     assert f"{study.folder}: study.yaml" in text(section(html, "provenance"))
-    assert (study.folder / "report-files" / "envelope.png").is_file()
+    assert (study.folder / "report-files" / "prediction.png").is_file()
     assert "Figures for papers" in capsys.readouterr().out
