@@ -6,6 +6,7 @@ from forescale.ground.errors import DONE
 from forescale.pages.document import show
 from forescale.scaling.actions.shared import FIT, print_json
 from forescale.scaling.analysis import mixture_fit, multipliers
+from forescale.scaling.analysis.forecast import read_forecasts
 from forescale.scaling.analysis.recipe_cells import has_recipes
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.analysis.table_fit import as_dict
@@ -19,7 +20,7 @@ from forescale.scaling.study.inputs import read, with_outcome
 
 ACTION = Action(
     "Fit the scaling law to a study, to other runs or to a table, and predict the target.",
-    (*FIT, "sensitivity", "reference", "goal", "json"),
+    (*FIT, "target.run", "sensitivity", "reference", "goal", "json"),
     (
         "study fit study=mine",
         "study fit 'runs/*' target.flops=1e18",
@@ -52,6 +53,7 @@ def main(job: StudyJob) -> int:
     task = task_of(law, where)
     if job.json:
         return print_json(as_dict(law) | ({} if task is None else {"task": task_as_dict(task)}))
-    sections = terminal_sections(law) + ([] if task is None else [task_section(task)])
+    forecasts = [] if job.input and not job.target.run else read_forecasts(job.forecasts)
+    sections = terminal_sections(law, forecasts) + ([] if task is None else [task_section(task)])
     show(open_console(), sections, where, ranges(law))
     return DONE

@@ -22,7 +22,7 @@ from forescale.scaling.study.inputs import read, with_outcome
 
 ACTION = Action(
     "Write the fit, its figures and its doubts as one HTML file.",
-    (*FIT, "reference", "goal", "to"),
+    (*FIT, "target.run", "reference", "goal", "to"),
     ("study report study=mine", "study report 'runs/*' target.flops=1e18 to=report.html"),
 )
 

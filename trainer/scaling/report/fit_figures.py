@@ -17,6 +17,7 @@ from forescale.ground.errors import UserError
 from forescale.pages import figure as chart
 from forescale.pages.document import Cell, number
 from forescale.scaling.analysis import backtest
+from forescale.scaling.analysis.forecast import Forecast
 from forescale.scaling.analysis.table_fit import Prediction, StudyFit
 from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.isoflop import IsoFlop
@@ -227,9 +228,9 @@ class Figures:
             self._add_star(figure, "flops", which)
         return figure
 
-    def loss_by_compute(self, target: chart.Trace | None = None) -> Picture:
+    def loss_by_compute(self, forecast: Forecast | None = None) -> Picture:
         """The lowest loss of each budget over C, the law, and the prediction intervals beyond. The
-        axes fit these, not the runs above. target: in place of today's star."""
+        axes fit these, not the runs above. forecast: of the target, in place of today's."""
         if isinstance(frontier := self.frontier, str):
             return frontier
         assert self.compute is not None
@@ -255,9 +256,16 @@ class Figures:
         at, losses = self._lowest, study.all_points.loss
         colours, texts = ([each[i] for i in at] for each in (self._colours, self._texts))
         figure.add(chart.dots(self.compute[at], losses[at], colours, texts))
-        if target is not None:
-            return figure.add(target)
-        self._add_star(figure, "flops", "loss")
+        if forecast is None or not isinstance(f, Prediction):
+            self._add_star(figure, "flops", "loss")
+            return figure
+        facts = forecast.facts
+        text = f"target\npredicted before its run: {facts['loss']:.5g}"
+        figure.add(chart.star(f.flops, facts["loss"], text, tuple(facts["interval"])))
+        if outcome := forecast.outcome:
+            c, y = np.array([f.flops]), np.array([outcome["loss"]])
+            text = f"target\nobserved {y[0]:.5g}"
+            figure.add(chart.dots(c, y, [chart.INK], [text], shape="diamond"))
         return figure
 
     @property

@@ -14,6 +14,7 @@ import pandas as pd
 from forescale.ground.storage import write_output
 from forescale.pages import figure as chart
 from forescale.pages.document import Cell, Section, render
+from forescale.scaling.analysis.forecast import Forecast
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.analysis.task_fit import TaskFit
 from forescale.scaling.report import fit_sections as parts
@@ -85,7 +86,8 @@ def page(
         figures = Figures(study, size, cost, unit)
         colours = figures.shades
         doubts, notes = parts.doubts(study)
-        first = [_answer(study, figures), doubts, *_pictures(study, figures)]
+        forecast = parts.of_target(evidence.forecasts, study.job, figures.prediction)
+        first = [_answer(study, figures, forecast), doubts, *_pictures(study, figures)]
         if task is not None:
             first.append(task_section(task, figures))
         last = [parts.parameters(study), parts.certificate(study), parts.backtests(study),
@@ -100,14 +102,15 @@ def page(
     return render(title=title, lead=lead, sections=sections), sections
 
 
-def _answer(study: StudyFit, figures: Figures) -> Section:
+def _answer(study: StudyFit, figures: Figures, forecast: Forecast | None) -> Section:
     """Return what the first screen of the page has."""
-    section = parts.answer(study, figures.prediction)
+    section = parts.answer(study, figures.prediction, forecast)
+    diamond = " Diamond: its observed loss." * bool(forecast and forecast.outcome)
     section.pictures = [
-        ("loss-by-compute", figures.loss_by_compute(),
+        ("loss-by-compute", figures.loss_by_compute(forecast),
          "Dots: the lowest loss of each budget. Orange: the forecast at the best N and D, with its "
-         f"50% and {study.job.level:.0%} intervals for a new run. Star: the target. Grey: the law "
-         "L(N, D) alone."),
+         f"50% and {study.job.level:.0%} intervals for a new run. Star: the target."
+         f"{diamond} Grey: the law L(N, D) alone."),
     ]  # fmt: skip
     return section
 

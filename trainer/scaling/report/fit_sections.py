@@ -5,6 +5,7 @@ The page of a report and the terminal show the same sections.
 Invariant: everything that makes the numbers doubtful is shown with them.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,14 +13,18 @@ from markupsafe import Markup
 
 from forescale.pages.document import Cell, Section, number, percent, span
 from forescale.scaling.analysis.backtest import MINIMA, Scores
-from forescale.scaling.analysis.forecast import rivals
+from forescale.scaling.analysis.forecast import Forecast, rivals
 from forescale.scaling.analysis.prediction import Prediction
 from forescale.scaling.analysis.table_fit import StudyFit
+from forescale.scaling.config import StudyJob
 from forescale.scaling.fitting.isoflop import IsoFlop
 from forescale.scaling.forecasting.predictor import LAW, LEVEL, LINE
+from forescale.scaling.study.directory import TARGET
 
 DISTANCE = {1: "one budget", 2: "two budgets"}
+Ends = Sequence[float]
 NO_TARGET = "No target is given (target.flops, target.parameters, target.tokens)."
+_SAME = 0.05  # of log N D: a run whose size is rounded is still the target
 _UNTRIED = 2.0  # times as far as the farthest backtest, from where a prediction is untested
 SYMBOLS = (
     "N: model parameters. D: training tokens. C: training compute in FLOPs. L: loss. A star, as in "
@@ -27,16 +32,33 @@ SYMBOLS = (
 )
 
 
-def terminal_sections(study: StudyFit) -> list[Section]:
+def terminal_sections(study: StudyFit, forecasts: Sequence[Forecast] = ()) -> list[Section]:
     """Return the sections that `study fit` prints. Raises UserError for a target too far away."""
+    f = study.predict()
+    forecast = of_target(forecasts, study.job, f)
     sensitivity = [] if study.sensitivity is None else [sensitivity_section(study)]
     parabolas = Section("isoflop", "IsoFLOP parabolas", after=parabola_lines(study))
     parabolas.absent = "" if parabolas.after else "The table has no budgets."
     reasons, notes = doubts(study)
     return [
-        answer(study, f := study.predict()), reasons, history(study, f), parameters(study),
+        answer(study, f, forecast), reasons, history(study, f), parameters(study),
         certificate(study), parabolas, backtests(study), *sensitivity, influence(study), notes,
     ]  # fmt: skip
+
+
+def of_target(
+    forecasts: Sequence[Forecast], job: StudyJob, f: Prediction | str | None
+) -> Forecast | None:
+    """Return the newest forecast of the job's target, by its name in the study; None if there is
+    none, or if its N D is not that of today's prediction."""
+    names = {job.target.run, None if job.input else TARGET} - {None}
+    for forecast in reversed(forecasts):
+        target = forecast.facts["target"]
+        if target["run"] in names:
+            n_d = f.parameters * f.tokens if isinstance(f, Prediction) else math.nan
+            away = abs(math.log(target["parameters"] * target["tokens"] / n_d))
+            return None if away > _SAME else forecast  # NaN by a law of C alone
+    return None
 
 
 def ranges(study: StudyFit) -> Markup:
@@ -51,17 +73,28 @@ def ranges(study: StudyFit) -> Markup:
     return Markup("; ").join([f"{len(p)} runs", *each]) + "."
 
 
-def answer(study: StudyFit, f: Prediction | str | None) -> Section:
+def answer(
+    study: StudyFit, f: Prediction | str | None, forecast: Forecast | None = None
+) -> Section:
     """Return the prediction, what the backtest says of its distance, and the first doubt.
 
-    f: the prediction, or why there is none.
+    f: the prediction, or why there is none; forecast: the one that was written before the target's
+    run, whose loss stands in place of today's.
     """
-    rows, level = list[list[Cell]](), f"{study.job.level:.0%}"
-    if not isinstance(f, Prediction):
-        rows += [["Loss", f or NO_TARGET], ["Law", _values(study)]]
+    rows, after = list[list[Cell]](), list[Cell]()
+    if forecast is not None:
+        facts = forecast.facts
+        rows += _losses(facts["loss"], facts["interval"], facts["interval_50"], facts["level"])
+        rows.insert(1, ["Observed", observed(forecast)])
+        text = f"Predicted on {facts.get('time', '-')}, before the run, in forecast {forecast.id}."
+        if isinstance(f, Prediction):
+            text += f" The runs of today would predict {f.loss:.5g}."
+        after.append(text)
+    elif isinstance(f, Prediction):
+        rows += _losses(f.loss, f.outer, f.inner, study.job.level)
     else:
-        rows += [["Loss", number(f.loss)], [f"{level} interval", span(f.outer)],
-                 ["50% interval", span(f.inner)]]  # fmt: skip
+        rows += [["Loss", f or NO_TARGET], ["Law", _values(study)]]
+    if isinstance(f, Prediction):
         star = "*" * bool(f.sizes)
         names = (f"N{star}, parameters", f"D{star}, tokens")
         for i, (name, value) in enumerate(zip(names, (f.parameters, f.tokens), strict=True)):
@@ -71,13 +104,30 @@ def answer(study: StudyFit, f: Prediction | str | None) -> Section:
         compute = Markup("{} FLOPs, {} times the most expensive run")
         factor = number(f.extrapolation_factor, 4)
         rows.append(["Compute", compute.format(number(f.flops, 4), factor)])
-    after = [verdict(study, f.extrapolation_factor if isinstance(f, Prediction) else 1.0)]
+    after.append(verdict(study, f.extrapolation_factor if isinstance(f, Prediction) else 1.0))
     if study.doubts:
         first, *others = study.doubts
         after.append(f"First doubt: {first}" + f" ({len(others)} more below)" * bool(others))
     else:
         after.append("No reason was found to doubt the numbers.")
     return Section("prediction", "Answer", rows=rows, after=after, strong=True)
+
+
+def _losses(loss: float, outer: Ends, inner: Ends, level: float) -> list[list[Cell]]:
+    return [["Loss", number(loss)], [f"{level:.0%} interval", span(outer)],
+            ["50% interval", span(inner)]]  # fmt: skip
+
+
+def observed(forecast: Forecast) -> Cell:
+    """Return the observed loss of a forecast with its error and whether it was inside."""
+    if (outcome := forecast.outcome) is None:
+        return "not yet"
+    facts, loss = forecast.facts, outcome["loss"]
+    low, high = facts["interval"]
+    side = "inside" if low <= loss <= high else "outside"
+    return Markup("{}, {} from the predicted loss, {} the {} interval").format(
+        number(loss), percent(loss / facts["loss"] - 1, sign="+"), side, f"{facts['level']:.0%}"
+    )
 
 
 def verdict(study: StudyFit, factor: float) -> str:

@@ -14,6 +14,8 @@ from forescale.scaling.analysis.spread import Spread
 from forescale.scaling.report import study_figures as figures
 from forescale.scaling.report.evidence import StageCost, StudyEvidence
 from forescale.scaling.report.fit_figures import flops_key
+from forescale.scaling.report.fit_sections import observed
+from forescale.scaling.study.directory import TARGET
 
 Shades = Mapping[float, str]
 
@@ -38,16 +40,18 @@ def forecast_section(forecasts: Sequence[Forecast], scored: Score) -> Section:
     n, out, level = len(forecasts), len(scored.errors), f"{forecasts[0].facts['level']:.0%}"
     rows: list[list[Cell]] = [
         ["forecast", "run", "beyond", "predicted", f"{level} interval", "observed", "to predicted",
-         "written"]
+         "inside", "written"]
     ]  # fmt: skip
     for forecast in forecasts:
         f, outcome = forecast.facts, forecast.outcome
-        observed: list[Cell] = ["pending", ""]
+        result: list[Cell] = ["pending", "", ""]
         if outcome:
-            observed = [number(outcome["loss"]), percent(outcome["loss"] / f["loss"] - 1, sign="+")]
+            is_inside = f["interval"][0] <= outcome["loss"] <= f["interval"][1]
+            result = [number(outcome["loss"]), percent(outcome["loss"] / f["loss"] - 1, sign="+"),
+                      "yes" if is_inside else "no"]  # fmt: skip
         beyond = Markup("{} x").format(number(f["target"].get("extrapolation_factor", math.nan), 3))
         rows.append([forecast.id, f["target"]["run"], beyond, number(f["loss"]),
-                     span(f["interval"]), *observed, f.get("time", "")])  # fmt: skip
+                     span(f["interval"]), *result, f.get("time", "")])  # fmt: skip
     lines = list[Cell]([f"{out} of {n} forecasts have an observed loss."])
     if out:
         skill = ", ".join(f"{name} {x:+.2f}".replace("-", "−") for name, x in scored.skill.items())
@@ -57,6 +61,11 @@ def forecast_section(forecasts: Sequence[Forecast], scored: Score) -> Section:
             f"{scored.interval_score:.4g}. Skill (1 − mean absolute error relative to a simpler "
             f"prediction): {skill}."
         )
+    for forecast in forecasts:
+        if forecast.facts["target"]["run"] == TARGET:
+            text = Markup("The target: predicted {} ({} to {}); observed: {}.")
+            loss, ends = forecast.facts["loss"], forecast.facts["interval"]
+            lines.insert(0, text.format(*map(number, (loss, *ends)), observed(forecast)))
     if scored.abandoned:
         lines.append(f"{len(scored.abandoned)} runs have no record yet.")
     return Section(

@@ -9,12 +9,14 @@ import pytest
 from forescale import cli
 from forescale.pages.figure import shades
 from forescale.scaling.analysis.table_fit import StudyFit
+from forescale.scaling.config import TargetPoint
 from forescale.scaling.report import fit_page as module
 from forescale.scaling.report import study_figures as figures
 from forescale.scaling.report.evidence import evidence, gather, sweep_response
+from forescale.scaling.report.study_sections import forecast_section
 from forescale.scaling.study.directory import Study
 from tests.trainer.scaling.fake_training import train
-from tests.trainer.scaling.report.test_fit_page import section, text
+from tests.trainer.scaling.report.test_fit_page import section, text, values
 from tests.trainer.scaling.simulated_study import BEND, BEST, BUDGETS, job, known, records
 
 HOSTILE = "<img src=x onerror=alert(1)> $\\frac{"
@@ -104,6 +106,51 @@ def test_batches_have_a_figure_of_their_own_and_two_give_no_optimum(observed, ht
     (check,) = evidence(job(), table[table["name"] != "s2-n2-batch-4"]).batch_sweeps
     assert not check.inside
     assert dots(figures.sweep_responses([check], "batch", {}))[0][0] == "circle ring"
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """The evidence once the target has a loss 2 % above what was predicted before its run."""
+    evidence = known(tmp_path)
+    forecast = evidence.forecasts[0]
+    forecast.record_outcome("target", 1.02 * forecast.facts["loss"])
+    return evidence, forecast
+
+
+def test_the_prediction_before_the_run_stands_beside_its_observed_loss(scored):
+    evidence, forecast = scored
+    study = StudyFit(evidence.fitted, job(target=TargetPoint(flops=2e20, run="target")), "x")
+    html, (answer, *_) = module.page(study, evidence, "27 cells", COMMAND)
+    loss, today = forecast.facts["loss"], study.predict().loss
+    assert abs(loss - today) > 1e-5
+    assert values(section(html, "prediction"))[:3] == [loss, 1.02 * loss, 1.02 - 1]
+    inside = forecast.facts["interval"][1] > 1.02 * loss
+    side = "inside" if inside else "outside"
+    words = text(section(html, "prediction"))
+    assert f"+2.00% from the predicted loss, {side} the 90% interval" in words
+    assert f"in forecast 0001. The runs of today would predict {today:.5g}." in words
+    (_, figure, _) = answer.pictures[0]
+    *_, star, diamond = figure.traces
+    assert [(t.shapes, t.y.tolist()) for t in (star, diamond)] == [
+        (["star"], [loss]), (["diamond"], [1.02 * loss])
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", [{"flops": 4e20, "run": "target"}, {"flops": 2e20}])
+def test_a_forecast_of_another_target_is_not_the_answer(scored, target):
+    study = StudyFit(scored[0].fitted, job(target=TargetPoint(**target)), "x")
+    html, _ = module.page(study, scored[0], "27 cells", COMMAND)
+    assert values(section(html, "prediction"))[0] == study.predict().loss
+    assert "Observed" not in text(section(html, "prediction"))
+
+
+def test_the_table_of_forecasts_says_whether_the_target_was_inside(scored):
+    evidence, forecast = scored
+    drawn = forecast_section(evidence.forecasts, evidence.score)
+    assert drawn.rows[0][6:8] == ["to predicted", "inside"]
+    assert [row[7] for row in drawn.rows[1:]] == ["yes", "yes", "no"]
+    assert text(drawn.after[0]).startswith(f"The target: predicted {forecast.facts['loss']:.5g} (")
+    assert "+2.00% from the predicted loss, inside the 90% interval" in text(drawn.after[0])
 
 
 def test_forecasts_are_ordered_by_compute_and_show_the_observed_losses(observed, html):
