@@ -29,6 +29,7 @@ from forescale.ground.errors import DONE, INTERRUPTED, PREFIX, USER, UserError
 from forescale.ground.processes import die_with_parent
 from forescale.ground.storage import write_file
 from forescale.resilience.launcher import gpus, stop_signals_handled_by
+from forescale.run.rows import read_rows
 from forescale.scaling.config import LaunchKeys
 from forescale.scaling.design.cells import Cell
 from forescale.scaling.study.decisions import add_target, advance
@@ -97,6 +98,12 @@ def summary(study: Study, s: CellState) -> str:
     result = f"{s.status} ({s.why})" if s.why else s.status
     if s.status == "complete":
         result = f"loss {s.loss:.4f}"
+        if study.plan.kind == "mixtures":
+            rows = read_rows(study.run(c.name).metrics, kind="validation")
+            losses = {row["dataset"]: row["loss"] for row in rows}
+            goal = study.job.goal or dict.fromkeys(dict(c.weights), 1.0)
+            mean = sum(goal[name] * losses[name] for name in goal) / sum(goal.values())
+            result = f"goal {mean:.4f}, {result}"
     return (
         f"{c.name}: N={c.shape.parameters:,} D={c.tokens:,} rate {c.learning_rate:.2g}: "
         f"{result} in {s.seconds:.0f} s | {sum(ended)}/{len(ended)} cells, "

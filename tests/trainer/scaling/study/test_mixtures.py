@@ -9,6 +9,7 @@ import pytest
 from forescale import cli
 from forescale.scaling.design.plan import dump, load
 from forescale.scaling.study.directory import Study
+from forescale.scaling.study.launching import summary
 from tests.trainer.scaling import fake_training as fakes
 
 pytestmark = pytest.mark.slow  # plans a whole study, and makes 20 runs
@@ -48,6 +49,12 @@ def whole(small_data, tmp_path_factory, fake_training):
         assert cli.main(["study", "plan", *where, *PLAN, *current]) == 0
         assert cli.main(["study", "launch", *where, "launch.at_once=2"]) == 0
     return Study(root / "whole")
+
+
+def test_launch_prints_the_goal_of_a_run(whole):
+    row = whole.table().iloc[0]
+    line = summary(whole, whole.state(whole.plan.cells[0]))
+    assert f"goal {(2 * row['loss_a'] + row['loss_b']) / 3:.4f}, loss {row['loss']:.4f} in" in line
 
 
 def command(study, action, *words):
