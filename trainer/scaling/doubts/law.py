@@ -1,6 +1,7 @@
 """What makes the numbers of a fit doubtful, as sentences, the most serious first.
 
     data        the runs themselves (data.py): as long as they are wrong, nothing else counts
+    gain        losses that fall faster than any law at some budget (gain.py)
     optimum     the law, the parabolas' power law and their vertices differ beyond their intervals;
                 the vertices are on no power law; the law doesn't tell better runs of a budget
     law         it explains no losses; terms that the runs don't determine; the certificate
@@ -20,6 +21,7 @@ from scipy.special import stdtrit
 
 from forescale.scaling.doubts.budgets import mismatch
 from forescale.scaling.doubts.data import data_doubts
+from forescale.scaling.doubts.gain import gain_doubts
 from forescale.scaling.fitting.bootstrap import Replicates
 from forescale.scaling.fitting.fit import Fit
 from forescale.scaling.fitting.isoflop import IsoFlop
@@ -57,12 +59,14 @@ def doubts(
     level: of intervals; columns: which column of a foreign table is which of ours, {ours: theirs}.
     """
     sentences = data_doubts(table, points, columns)
+    named = table["budget"].to_numpy(dtype=float) if "budget" in table else None
+    sentences += gain_doubts(points, named, replicates.fit)
     if isinstance(iso, IsoFlop):
         sentences += optimum_doubts(replicates, iso, target.flops if target else None, level)
     elif iso is not None:
         sentences.append(f"The runs show no optimum of N. {iso}")
-    if "budget" in table:
-        sentences += order_doubts(points, table["budget"].to_numpy(dtype=float), replicates.fit)
+    if named is not None:
+        sentences += order_doubts(points, named, replicates.fit)
     sentences += _law(replicates, level)
     if target is not None:
         sentences += _target(replicates.fit.points, target)
