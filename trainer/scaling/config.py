@@ -173,10 +173,10 @@ class StudyJob(Job):
     # the law to fit; auto: the one with the lowest backtest error near the target's extrapolation
     # factor
     form: LawName = key("chinchilla", common=True)
-    # what predicts losses beyond the largest budget; level: the levels of the budgets, continued,
-    # and the loss off the optimum; law: the fitted law; auto: level, if three budgets have three
-    # sizes or more
-    method: Literal["auto", "level", "law"] = "auto"
+    # what predicts losses beyond the largest budget; combined: three continuations of the lowest
+    # losses, and the loss off the optimum; law: the fitted law; auto: combined, if three budgets
+    # have three sizes or more
+    method: Literal["auto", "combined", "law"] = "auto"
     # which parameters N counts, for our own runs; active: all but the experts that a token does not
     # use
     size: Literal["blocks_and_head", "non_embedding", "total", "active"] = "blocks_and_head"

@@ -64,8 +64,8 @@ def test_the_output_has_the_law_its_uncertainty_and_its_doubts(fit):
     assert re.search(r"Answer\nLoss: [12]\.\d+\n90% interval: [12]\.", out)
     assert "Backtest: 1 prediction at 10 times the known compute were off by" in out
     assert "Compute: 1.2e22 FLOPs, 12 times the most expensive run" in out
-    assert "the widths come from the errors of 3 earlier forecasts" in out
-    assert "Backtest, one budget ahead, once: predictions by level were off by" in out
+    assert "Weights and widths come from the errors of 3 earlier forecasts" in out
+    assert "Backtest, 5 to 12 times the compute, once: predictions by combined were off by" in out
     assert re.search(r"^3 +\d+ +10 to 10 +\d\.\d+%", out, re.MULTILINE), out
     assert re.search(r"Most influential runs\nrun .*\nrun \d", out), out
 
@@ -220,7 +220,7 @@ def test_forecasts_are_judged_by_several_tables(tables, forescale):
     facts = json.loads(out)["scores"]
     assert code == 0
     assert {one["table"] for one in facts} == {None, "a.csv"}
-    assert {one["method"] for one in facts} == {"level", "law", "line", "L(C)", "last minimum"}
+    assert {one["method"] for one in facts} == {"combined", "law", "line", "L(C)", "last minimum"}
 
 
 @pytest.mark.parametrize(

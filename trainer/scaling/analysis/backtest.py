@@ -1,18 +1,20 @@
 """Backtests: what each method would have predicted at every origin of finished runs.
 
     origin   the first k budgets of a table, three or more; each method knows their runs alone
-    methods  of a loss: "level" (forecasting/forecaster.py); "law", as `study fit` fits and
+    methods  of a loss: "combined" (forecasting/forecaster.py); "law", as `study fit` fits and
              calibrates it; "line", "L(C)" and "last minimum" (forecasting/predictor.py). Of a
              task's metric: those of task_fit.py
-    rows     of the next budget and the one after: the lowest loss, and the loss of each run; or
-             the metric of each run
-    scores   by method and budgets ahead, for every table and pooled over all
+    rows     of every later budget: the lowest loss, and the loss of each run; or the metric of
+             each run
+    scores   by method and distance (predictor.BANDS), pooled over all tables, over those of a kind,
+             and for every table
 
 Invariant: no prediction, interval or calibration at an origin reads anything beyond it. Errors are
 log of predicted over observed loss, which is about the relative error; of a metric that is a share
 they are differences.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,24 +31,28 @@ from forescale.scaling.fitting.points import Array, Points, near_best, spent
 from forescale.scaling.forecasting.calibrated import laws_of_origins
 from forescale.scaling.forecasting.forecaster import Forecaster, forecasters
 from forescale.scaling.forecasting.predictor import (
-    AHEAD,
+    BANDS,
+    COMBINED,
     FRONTIER,
     LAST,
     LAW,
     LEAST,
-    LEVEL,
     LINE,
     Predictor,
+    band_of,
     simple_predictors,
 )
 from forescale.scaling.records.records import OUTCOME, budgets_of, points
 
 RIVALS = (LINE, FRONTIER, LAST)
-METHODS = (LEVEL, LAW, *RIVALS)
+METHODS = (COMBINED, LAW, *RIVALS)
 GROUPS = MINIMA, NEAR, OTHER = "minima", "near", "other"
 BEST = "best"  # of a metric, in place of the minima: the run with the lowest loss of its budget
 LAWS = ("chinchilla", "shared-exponent", "over-training", "kaplan", "frontier")  # with a backtest
 RESAMPLED = 100  # refits of a law at an origin
+EVEN, UNEVEN = "even minima", "uneven minima"  # kinds of tables
+_UNEVEN = 0.006  # the deviation of log minima from a parabola, from where they are uneven
+_DRAWS = 2000  # resampled families of tables
 _NEAR = 0.01  # a run is near the optimum if its loss is at most this much above its budget's lowest
 
 Origin = tuple[int, str, Predictor]  # number of known budgets, name of the method, the method
@@ -65,6 +71,24 @@ class Finished:
     points: Points
     budgets: Array
     metric: Array | None = None
+
+    @property
+    def kind(self) -> str:
+        """Return whether the lowest losses of its budgets are even: near a parabola in log C, as
+        those of studies with tuned rates and little noise are. Of few budgets they are."""
+        distinct = np.unique(self.budgets)
+        if len(distinct) < 5:
+            return EVEN
+        x = np.log(distinct) - np.log(distinct).mean()
+        y = np.log([self.points.loss[self.budgets == c].min() for c in distinct])
+        rest = y - np.polyval(np.polyfit(x, y, 2), x)
+        return UNEVEN if np.sqrt((rest**2).sum() / (len(x) - 3)) > _UNEVEN else EVEN
+
+    @property
+    def family(self) -> str:
+        """Return the name up to its first _ or -: tables of one origin share runs or code, and err
+        alike."""
+        return re.split("[_-]", self.name, maxsplit=1)[0]
 
     def observed(self, at: Array) -> tuple[Array, Array]:
         """Return what was observed of the runs of a mask, and the group of each, (m,) each."""
@@ -134,11 +158,11 @@ def forecasts(
 def _origins(
     one: Finished, job: StudyJob, methods: Sequence[str], levels: Iterable[Forecaster] | None
 ) -> Iterator[Origin]:
-    if LEVEL in methods:
+    if COMBINED in methods:
         if levels is None:
             known = one.budgets < one.budgets.max()  # no origin knows the largest budget
             levels = forecasters(one.points.take(known), one.budgets[known])
-        yield from ((k, LEVEL, each) for k, each in enumerate(levels, start=2) if k >= LEAST)
+        yield from ((k, COMBINED, each) for k, each in enumerate(levels, start=2) if k >= LEAST)
     yield from (each for each in simple_predictors(one.points, one.budgets) if each[1] in methods)
     if LAW in methods:
         near = near_best(one.points.loss, one.budgets, job.near)
@@ -151,17 +175,19 @@ def _origins(
 def rows_of(one: Finished, origin: Origin) -> Iterator[pd.DataFrame]:
     """Yield the predictions of a method at an origin, a row each.
 
-    table, method; origin: its number of budgets; ahead: budgets beyond it; beyond: the budget over
-    the last known one; group: "minima", or of a run "near" or "other", of a metric "best" or
-    "other"; observed: the loss or the metric; the other columns: see Distribution.against.
+    table, family, kind, method; origin: its number of budgets; beyond: the budget over the last
+    known one; band: its place in BANDS; group: "minima", or of a run "near" or "other", of a metric
+    "best" or "other"; observed: the loss or the metric; the other columns: see
+    Distribution.against.
     """
     k, method, predictor = origin
     distinct = np.unique(one.budgets)
-    for ahead, budget in zip(AHEAD, distinct[k:].tolist(), strict=False):
+    for budget in distinct[k:].tolist():
         at = one.budgets == budget
         later, (observed, groups) = one.points.take(at), one.observed(at)
         beyond = budget / float(distinct[k - 1])
-        keys = {"table": one.name, "method": method, "origin": k, "ahead": ahead, "beyond": beyond}
+        keys = {"table": one.name, "family": one.family, "kind": one.kind, "method": method,
+                "origin": k, "beyond": beyond, "band": band_of(beyond)}  # fmt: skip
         predicted = [
             (MINIMA, predictor.minimum(budget), later.loss.min(keepdims=True)),
             (groups, predictor.of_runs(later.columns(), spent(later), budget), observed),
@@ -183,19 +209,22 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of a method, so many budgets ahead. table: None for all tables together.
+    """The scores of a method at one distance. table: None for several tables together; kind: of
+    these tables, None for all.
 
-    count: predictions of a minimum, or of the metric of the best run; median, bias: median absolute
-    and mean signed error of them; bias_error: standard error of the bias, None for one table: those
-    of a table err alike, so it is of tables as wholes (clusters: Cameron and Miller 2015);
-    interval_score: mean of their 90 % intervals, None without intervals; coverage: by group; skill:
-    by rival, 1 - mean absolute error over the rival's, at the origins that both predict; mean: mean
-    absolute error, of a metric.
+    band: place in BANDS; count: predictions of a minimum, or of the metric of the best run; median,
+    bias: median absolute and mean signed error of them; bias_error: standard error of the bias,
+    None for one family of tables: those of a family err alike, so it is of families as wholes
+    (clusters: Cameron and Miller 2015); interval_score: mean of their 90 % intervals, None without
+    intervals; coverage: by group; skill: by rival, 1 - mean absolute error over the rival's, at the
+    origins that both predict; skill_interval: the 90 % interval of each, of resampled families;
+    mean: mean absolute error, of a metric.
     """
 
     table: str | None
+    kind: str | None
     method: str
-    ahead: int
+    band: int
     count: int
     median: float
     bias: float
@@ -203,49 +232,66 @@ class Scores:
     interval_score: float | None
     coverage: Mapping[str, Coverage]
     skill: Mapping[str, float]
+    skill_interval: Mapping[str, tuple[float, float]]
     mean: float | None = None
 
 
 def scores(
     rows: pd.DataFrame, methods: Sequence[str] = METHODS, rivals: Sequence[str] = RIVALS
 ) -> list[Scores]:
-    """Return the scores of all tables together, then of each apart."""
-    parts = [(None, rows), *((str(name), part) for name, part in rows.groupby("table", sort=False))]
+    """Return the scores of all tables together, of those of each kind, then of each apart."""
+    parts = list[tuple[str | None, str | None, pd.DataFrame]]([(None, None, rows)])
+    if rows["kind"].nunique() > 1:
+        parts += [(None, str(kind), part) for kind, part in rows.groupby("kind")]
+    parts += [(str(name), None, part) for name, part in rows.groupby("table", sort=False)]
     return [
-        _scores(name, method, ahead, part[part["ahead"] == ahead], rivals)
-        for name, part in parts
-        for ahead in AHEAD
+        _scores((name, kind, method, band), part[part["band"] == band], rivals)
+        for name, kind, part in parts
+        for band in range(len(BANDS) - 1)
         for method in methods
-        if ((part["ahead"] == ahead) & (part["method"] == method)).any()
+        if ((part["band"] == band) & (part["method"] == method)).any()
     ]
 
 
 def _scores(
-    name: str | None, method: str, ahead: int, rows: pd.DataFrame, rivals: Sequence[str]
+    keys: tuple[str | None, str | None, str, int], rows: pd.DataFrame, rivals: Sequence[str]
 ) -> Scores:
+    method = keys[2]
     best = rows[rows["group"].isin((MINIMA, BEST))]
-    table = best.pivot(index=["table", "origin"], columns="method", values="error")
+    index = ["family", "table", "origin", "beyond"]
+    table = best.pivot(index=index, columns="method", values="error")
     best, of_method = best[best["method"] == method], rows[rows["method"] == method]
     errors, mark = best["error"], float(best["interval_score"].mean())
-    sums = (errors - errors.mean()).groupby(best["table"]).sum()
+    sums = (errors - errors.mean()).groupby(best["family"]).sum()
     T, error = len(sums), None
     if T > 1:
         error = float(np.sqrt(T / (T - 1) * (sums**2).sum()) / len(errors))
-    coverage, skill = dict[str, Coverage](), dict[str, float]()
+    coverage = dict[str, Coverage]()
     if not np.isnan(mark):
         for group in (BEST, *GROUPS):
             if len(part := of_method[of_method["group"] == group]):
                 shares = (float(part[f"inside_{share}"].mean()) for share in (50, 90))
                 coverage[group] = Coverage(len(part), *shares)
+    skill, ends = dict[str, float](), dict[str, tuple[float, float]]()
     for rival in rivals:
         if rival in table and rival != method:
-            size, of_rival = table[[method, rival]].dropna().abs().mean()
-            skill[rival] = float(1 - size / of_rival) if of_rival else 0.0
+            sizes = table[[method, rival]].dropna().abs().groupby("family").sum().to_numpy()
+            skill[rival] = float(_skill(sizes.sum(axis=0)))
+            if len(sizes) > 1:
+                drawn = np.random.default_rng(0).integers(len(sizes), size=(_DRAWS, len(sizes)))
+                low, high = np.percentile(_skill(sizes[drawn].sum(axis=1)), [5, 95])
+                ends[rival] = float(low), float(high)
     return Scores(
-        name, method, ahead, len(best), float(errors.abs().median()), float(errors.mean()), error,
-        None if np.isnan(mark) else mark, coverage, skill,
+        *keys, len(best), float(errors.abs().median()), float(errors.mean()), error,
+        None if np.isnan(mark) else mark, coverage, skill, ends,
         float(errors.abs().mean()) if (best["group"] == BEST).any() else None,
     )  # fmt: skip
+
+
+def _skill(sizes: Array) -> Array:
+    """Return 1 - the first over the second of the last axis; 0 where the rival has no error."""
+    one, rival = sizes[..., 0], sizes[..., 1]
+    return 1 - np.divide(one, rival, out=np.ones_like(one), where=rival > 0)
 
 
 def earlier(

@@ -1,12 +1,12 @@
 """The predicted loss of a run: how `study fit`, `predict` and `report` get it.
 
     up to the runs' compute   the law, with its calibrated doubt (forecasting/calibrated.py)
-    beyond                    the method of the job: "level", which forecasts the lowest loss of a
-                              budget and the loss off the optimum apart
+    beyond                    the method of the job: "combined", which forecasts the lowest loss of
+                              a budget and the loss off the optimum apart
                               (forecasting/forecaster.py), or the law
     run_of                    what a target leaves open is filled in: N* and D* of its compute
 
-Invariant: the law, and with it N* and D*, is the same whatever method predicts the loss.
+Invariant: the law is the same whatever method predicts the loss.
 """
 
 from collections.abc import Mapping
@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from forescale.ground.errors import UserError
+from forescale.scaling.analysis.optimum import optimum
 from forescale.scaling.config import TargetPoint
 from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.points import Array, spent
+from forescale.scaling.forecasting.combination import PARTS
 from forescale.scaling.forecasting.forecaster import (
     BUDGETS,
     SIZES,
@@ -26,12 +28,12 @@ from forescale.scaling.forecasting.forecaster import (
     continued,
     forecasters,
 )
-from forescale.scaling.forecasting.predictor import LAW, LEVEL, Predicted
+from forescale.scaling.forecasting.predictor import COMBINED, LAW, Predicted
 
 if TYPE_CHECKING:
     from forescale.scaling.analysis.table_fit import StudyFit
 
-FAR = 30.0  # greatest extrapolation factor of a prediction without target.far
+FAR = 40.0  # greatest extrapolation factor of a prediction without target.far
 _OF_SIZE = ("parameters", "tokens")
 
 Interval = tuple[float, float]
@@ -45,7 +47,8 @@ class Prediction:
     the law alone; resampled: its interval from the resampled fits; sizes: intervals of N* and of D*
     at the requested level if the target is given by its compute alone, else None;
     extrapolation_factor: the run's compute over the greatest of the fit; origins: number of earlier
-    forecasts that the intervals were calibrated with.
+    forecasts that the intervals were calibrated with; parts: of a combined forecast, by name: the
+    loss that each part predicts, and its weight; optima: N* by each way to find it (optimum.py).
     """
 
     method: str
@@ -60,12 +63,14 @@ class Prediction:
     sizes: tuple[Interval, Interval] | None
     extrapolation_factor: float
     origins: int
+    parts: dict[str, tuple[float, float]]
+    optima: dict[str, float]
 
 
 def forecasters_of(study: "StudyFit") -> list[Forecaster]:
     """Return the forecasters of the first two budgets, of the first three, and so on up to all;
     none if the job asks for the law, or if the runs have too few budgets with enough sizes. Raises
-    UserError if the job asks for `level` all the same."""
+    UserError if the job asks for the combination all the same."""
     if study.job.method == LAW:
         return []
     if study.form.columns != _OF_SIZE:
@@ -78,8 +83,8 @@ def forecasters_of(study: "StudyFit") -> list[Forecaster]:
         if usable.any():
             return list(forecasters(points.take(usable), budgets[usable]))
         why = f"fewer than {BUDGETS} budgets have {SIZES} sizes"
-    if study.job.method == LEVEL:
-        raise UserError("method", f"level is not possible: {why}", "write method=law")
+    if study.job.method == COMBINED:
+        raise UserError("method", f"combined is not possible: {why}", "write method=law")
     return []
 
 
@@ -121,25 +126,33 @@ def predict(study: "StudyFit", target: TargetPoint) -> Prediction | None:
     def loss(values: Array) -> Array:
         return study.form.predict(values, **columns)[..., 0]
 
-    def best(values: Array) -> Array:
-        each = laws.compute_optimal(study.form, values, np.array([c]), study.points.per_token)
-        return np.log(np.concatenate(each, axis=-1))
-
-    level = study.job.level
-    sizes = None
+    level, best = study.job.level, None
     if not target.parameters and not target.tokens and study.form.columns == _OF_SIZE:
-        low_n, low_d, high_n, high_d = np.exp(study.replicates.interval(level, best)).ravel()
-        sizes = (float(low_n), float(high_n)), (float(low_d), float(high_d))
+        best = optimum(study, c, level)
     one = predicted(study, {k: np.array([v]) for k, v in columns.items()}, np.array([c]))
     inner, outer = (tuple(one.interval(each).ravel().tolist()) for each in (0.5, level))
     forecaster = study.forecaster
-    by_level = forecaster is not None and forecaster.is_beyond(forecaster.shape.per * n * d)
-    earlier = forecaster.earlier if forecaster and by_level else study.discrepancy.origins
+    by_combination = forecaster is not None and forecaster.is_beyond(forecaster.shape.per * n * d)
+    earlier = forecaster.earlier if forecaster and by_combination else study.discrepancy.origins
     low, high = study.replicates.interval(level, loss)
+    parts = dict[str, tuple[float, float]]()
+    if forecaster is not None and by_combination:
+        parts = _parts(forecaster, forecaster.shape.per * n * d, float(one.loss[0]))
     return Prediction(
-        LEVEL if by_level else LAW, n, d, c, float(one.loss[0]), inner, outer,
-        float(study.fit.predict(**columns)[0]), (float(low), float(high)), sizes, factor, earlier,
+        COMBINED if by_combination else LAW, n, d, c, float(one.loss[0]), inner, outer,
+        float(study.fit.predict(**columns)[0]), (float(low), float(high)),
+        best.sizes if best else None, factor, earlier, parts, best.parts if best else {},
     )  # fmt: skip
+
+
+def _parts(one: Forecaster, budget: float, loss: float) -> dict[str, tuple[float, float]]:
+    """Return the loss of a run by each part of the combination, and its weight. loss: by all."""
+    each = loss * np.exp(one.by_part(budget) - one.minimum(budget).log_loss)
+    return {
+        name: (float(x), float(w))
+        for name, x, w in zip(PARTS, each, one.weights, strict=True)
+        if w > 0
+    }
 
 
 def run_of(study: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, float, float]:
@@ -163,8 +176,12 @@ def run_of(study: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, 
             problem = "does not say how often data is repeated, which the law reads"
             todo = "write target.parameters= and target.tokens= instead"
             raise UserError("target.flops", problem, todo)
-        best = laws.compute_optimal(form, study.fit.vector, c, per, **held)
-        n, d = float(best[0][0]), float(best[1][0])
+        if form.columns == _OF_SIZE:
+            best = optimum(study, c, study.job.level)
+            n, d = best.parameters, best.tokens
+        else:
+            of_law = laws.compute_optimal(form, study.fit.vector, c, per, **held)
+            n, d = float(of_law[0][0]), float(of_law[1][0])
     elif n is None or d is None:
         if c is None:
             todo = "give two of target.parameters, target.tokens and target.flops, or flops"

@@ -30,7 +30,7 @@ from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Array, near_best, spent
 from forescale.scaling.forecasting.calibrated import Backtest, CalibratedLaw, backtests, calibrate
 from forescale.scaling.forecasting.forecaster import Forecaster
-from forescale.scaling.forecasting.predictor import LAW, LEVEL, Discrepancy, Predicted
+from forescale.scaling.forecasting.predictor import COMBINED, LAW, Discrepancy, Predicted
 from forescale.scaling.records.records import points
 
 _OTHERS = {"Huber 1e-3": 1e-3, "Huber 3e-2": 3e-2, "least absolute deviations": 0.0}
@@ -109,7 +109,7 @@ class StudyFit:
     @property
     def method(self) -> str:
         """Return what predicts losses beyond the largest budget."""
-        return LEVEL if self.forecaster else LAW
+        return COMBINED if self.forecaster else LAW
 
     @cached_property
     def earlier(self) -> pd.DataFrame | None:

@@ -6,11 +6,11 @@
     truth        beyond the most expensive run the loss leaves the law by some per cent per decade
     prediction   the fit and its interval at the target, made as `study fit` makes them
 
-The prediction here is the law's, whereas `study fit` predicts by `level` if there are budgets, on
-purpose: the truth is simulated as a law that is left by 2 % a decade, and `level` doubts laws, so
-that it would be judged by what it is not made for. The width agrees with observation: on the nine
-public tables of README.md the errors of `level` at the lowest losses are 2.4 % a decade (root mean
-square, one and two budgets ahead; 0.7 to 4.2 % by table), those of the law 3.9 %.
+The prediction here is the law's, whereas `study fit` combines it with others if there are budgets,
+on purpose: the truth is simulated as a law that is left by 2 % a decade, and the combination doubts
+laws, so that it would be judged by what it is not made for. The width agrees with observation: on
+the nine public tables of README.md the errors of the combination at the lowest losses are 2.6 % a
+decade (root mean square, one and two budgets ahead; 0.7 to 4.5 % by table), those of the law 3.9 %.
 
 Invariant: the fit never sees the simulated law. All assumed noise is a field of Assumptions, which
 the study's own repeats and sweeps correct (noise.py).

@@ -21,14 +21,27 @@ from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.points import Array, Points
 
-LEVEL, LAW, LINE, FRONTIER, LAST = "level", "law", "line", "L(C)", "last minimum"
+COMBINED, LAW, LINE, FRONTIER, LAST = "combined", "law", "line", "L(C)", "last minimum"
 PRIOR = 0.02  # standard deviation of log loss per decade of compute
 BELIEF = 3  # the prior counts as this many origins; with fewer origins the result is "prior only"
 LEAST = 3  # budgets of an origin: those that a method knows, at least
-AHEAD = (1, 2)  # budgets between an origin and what it predicts
+# Distances of forecasts: the compute of what is predicted over the last known budget, from one of
+# these factors to the next.
+BANDS = (1.0, 2.5, 5.0, 12.0, 40.0, 150.0, np.inf)
 INNER, OUTER = 0.5, 0.9  # levels of the intervals of backtests
 # Columns of errors that a distribution gives: see Distribution.against.
 ERRORS = ("predicted", "error", "inside_50", "inside_90", "width", "interval_score")
+
+
+def band_of(factor: float) -> int:
+    """Return the place in BANDS of the band with this factor of compute."""
+    return max(0, int(np.searchsorted(BANDS, factor)) - 1)
+
+
+def band_name(band: int) -> str:
+    """Return a band in words."""
+    low, high = BANDS[band : band + 2]
+    return f"{low:g} to {high:g} times" if np.isfinite(high) else f"over {low:g} times"
 
 
 class Distribution(Protocol):
@@ -156,7 +169,7 @@ def simple_predictors(points: Points, budgets: Array) -> Iterator[tuple[int, str
             errors = [
                 abs(np.log(old(distinct[j]) / lowest[j])) / np.log10(distinct[j] / distinct[i - 1])
                 for i, old in before
-                for j in range(i, min(i + len(AHEAD), k))
+                for j in range(i, k)
             ]
             before.append((k, loss))
             if k >= LEAST:

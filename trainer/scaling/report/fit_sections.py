@@ -18,10 +18,9 @@ from forescale.scaling.analysis.prediction import Prediction
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import StudyJob
 from forescale.scaling.fitting.isoflop import IsoFlop
-from forescale.scaling.forecasting.predictor import LAW, LEVEL, LINE
+from forescale.scaling.forecasting.predictor import BANDS, COMBINED, LAW, LINE, band_name, band_of
 from forescale.scaling.study.directory import TARGET
 
-DISTANCE = {1: "one budget", 2: "two budgets"}
 Ends = Sequence[float]
 NO_TARGET = "No target is given (target.flops, target.parameters, target.tokens)."
 _SAME = 0.05  # of log N D: a run whose size is rounded is still the target
@@ -137,13 +136,15 @@ def verdict(study: StudyFit, factor: float) -> str:
     lowest = None if rows is None else rows[rows["group"] == MINIMA]
     if lowest is None or (lowest["method"] != study.method).all():
         return no_backtests(study)
-    reach = lowest.groupby("ahead")["beyond"].median()
-    near = lowest[lowest["ahead"] == np.abs(np.log(reach / factor)).idxmin()]
-    scored, line = (near[near["method"] == m].set_index("origin") for m in (study.method, LINE))
+    bands = lowest["band"].unique()
+    near = lowest[lowest["band"] == min(bands, key=lambda band: abs(band - band_of(factor)))]
+    scored, line = (
+        near[near["method"] == m].set_index(["origin", "beyond"]) for m in (study.method, LINE)
+    )
     error, of_line = (
         float(each["error"].abs().mean()) for each in (scored, line.loc[scored.index])
     )
-    low, high = scored["beyond"].min(), scored["beyond"].max()
+    low, high = scored.index.levels[1].min(), scored.index.get_level_values(1).max()
     held = f"{int(scored['inside_90'].sum())} of {len(scored)} were inside the 90% interval"
     ends = " to ".join(dict.fromkeys(f"{x:.3g}" for x in (low, high)))
     at = f"{len(scored)} prediction{'s' * (len(scored) > 1)} at {ends} times"
@@ -164,6 +165,11 @@ def verdict(study: StudyFit, factor: float) -> str:
 def history(study: StudyFit, f: Prediction | str | None) -> Section:
     """Return what the intervals rest on, and how far off such predictions would have been."""
     after = [_basis(study, f)] if isinstance(f, Prediction) else list[Cell]()
+    if isinstance(f, Prediction) and len(f.optima) > 1:
+        each = Markup(", ").join(
+            Markup("{} by the {}").format(number(n, 4), name) for name, n in f.optima.items()
+        )
+        after.append(Markup("N* is the geometric mean of {}.").format(each))
     after += skill_lines(study.skill) or [no_backtests(study)]
     return Section("backtests", "Backtests: predictions of more expensive runs", after=after)
 
@@ -178,11 +184,18 @@ def _values(study: StudyFit) -> Cell:
 
 def _basis(study: StudyFit, f: Prediction) -> Markup:
     """Return what the intervals of a prediction rest on."""
-    if f.method == LEVEL:
+    if f.method == COMBINED:
+        parts = Markup(", ").join(
+            Markup("{} {} ({:.0%})").format(name, number(loss), weight)
+            for name, (loss, weight) in f.parts.items()
+        )
         return Markup(
-            "It continues the lowest losses of the budgets, and adds what a run loses off the "
-            "optimum; the widths come from the errors of {}. The law alone predicts {}."
-        ).format(f"{f.origins} earlier forecasts" if f.origins else "a prior alone", number(f.law))
+            "It continues the lowest losses of the budgets in several ways (weights in brackets) "
+            "and adds what a run loses off the optimum: {}. Weights and widths come from the "
+            "errors of {}. The law in the table below predicts {}."
+        ).format(
+            parts, f"{f.origins} earlier forecasts" if f.origins else "a prior alone", number(f.law)
+        )
     source = "a prior alone" if study.discrepancy.is_prior else f"{f.origins} backtests"
     return Markup(
         "By the law. Its error of {} per decade beyond the runs comes from {}; resampling alone "
@@ -191,14 +204,14 @@ def _basis(study: StudyFit, f: Prediction) -> Markup:
 
 
 def skill_lines(scores: Sequence[Scores]) -> list[str]:
-    """Return a sentence for each distance ahead: how far off such predictions would have been."""
+    """Return a sentence for each distance: how far off such predictions would have been."""
     lines = []
-    by = {(one.ahead, one.method): one for one in scores if one.table is None}
-    for ahead, distance in DISTANCE.items():
-        scored, line = by.get((ahead, LEVEL)) or by.get((ahead, LAW)), by.get((ahead, LINE))
+    by = {(one.band, one.method): one for one in scores if (one.table, one.kind) == (None, None)}
+    for band in range(len(BANDS) - 1):
+        scored, line = by.get((band, COMBINED)) or by.get((band, LAW)), by.get((band, LINE))
         if scored and line:
             lines.append(
-                f"Backtest, {distance} ahead, {times(scored.count)}: predictions by "
+                f"Backtest, {band_name(band)} the compute, {times(scored.count)}: predictions by "
                 f"{scored.method} were off by {scored.median:.2%} (median; mean {scored.bias:+.2%})"
                 " at the lowest loss of a budget, a straight line through the last two budgets by "
                 f"{line.median:.2%} (skill {scored.skill[LINE]:+.2f}); {inside(scored, MINIMA)}."

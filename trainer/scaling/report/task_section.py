@@ -14,8 +14,9 @@ from forescale.scaling.analysis.backtest import BEST
 from forescale.scaling.analysis.forecast import TaskScore
 from forescale.scaling.analysis.task_fit import LAST_VALUE, LINE, OUTCOME, TWO_STEPS, TaskFit
 from forescale.scaling.fitting.points import Array, spent
+from forescale.scaling.forecasting.predictor import BANDS, band_name
 from forescale.scaling.report.fit_figures import Figures, Picture
-from forescale.scaling.report.fit_sections import DISTANCE, NO_TARGET, inside, times
+from forescale.scaling.report.fit_sections import NO_TARGET, inside, times
 from forescale.scaling.report.score_sections import change
 
 _KINDS = {"accuracy": "accuracy", "error": "share of errors", "loss": "loss"}
@@ -97,20 +98,20 @@ def prediction_of(one: TaskFit) -> str:
 
 
 def _skill_lines(one: TaskFit) -> list[str]:
-    """Return a sentence for each distance ahead: how far off such predictions would have been."""
+    """Return a sentence for each distance: how far off such predictions would have been."""
     lines, metric = [], one.job.metric
-    by = {(s.ahead, s.method): s for s in one.skill if s.table is None}
-    for ahead, distance in DISTANCE.items():
-        if (scored := by.get((ahead, TWO_STEPS))) is not None:
+    by = {(s.band, s.method): s for s in one.skill if (s.table, s.kind) == (None, None)}
+    for band in range(len(BANDS) - 1):
+        if (scored := by.get((band, TWO_STEPS))) is not None:
             others = ", ".join(
-                f"{name} by {change(by[ahead, rival].median, metric)} (skill "
+                f"{name} by {change(by[band, rival].median, metric)} (skill "
                 f"{scored.skill[rival]:+.2f})"
                 for rival, name in (
                     (LINE, "a straight line in log C"), (LAST_VALUE, "the last value")
                 )
             )  # fmt: skip
             lines.append(
-                f"Backtest, {distance} ahead, {times(scored.count)}: off by "
+                f"Backtest, {band_name(band)} the compute, {times(scored.count)}: off by "
                 f"{change(scored.median, metric)} (median) at the best run of a budget, {others}; "
                 f"{inside(scored, BEST)}."
             )

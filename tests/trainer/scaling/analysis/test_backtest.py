@@ -9,25 +9,34 @@ from scipy.special import stdtrit
 
 from forescale.ground.errors import UserError
 from forescale.scaling.analysis.backtest import (
+    COMBINED,
+    EVEN,
     LAST,
     LAW,
-    LEVEL,
     MINIMA,
     NEAR,
     OTHER,
     RIVALS,
+    UNEVEN,
     as_dict,
     finished,
     forecasts,
     scores,
 )
 from forescale.scaling.config import StudyJob
-from forescale.scaling.forecasting.predictor import ERRORS, FRONTIER, LINE, Predicted
+from forescale.scaling.forecasting.predictor import (
+    BANDS,
+    ERRORS,
+    FRONTIER,
+    LINE,
+    Predicted,
+    band_name,
+)
 from forescale.scaling.records.tables import of_export
 from tests.trainer.scaling.iso_flop_runs import iso_flop_table
 
 BUDGETS = np.geomspace(1e18, 1e20, 5)
-QUICK = (LEVEL, LINE, LAST)  # the others fit laws
+QUICK = (COMBINED, LINE, LAST)  # the others fit laws
 
 
 def table(noise=0.003, budgets=BUDGETS):
@@ -48,12 +57,12 @@ def row(error, **keys):
     return {**keys, **{k: v[0] for k, v in predicted.items()}, **inside}
 
 
-def test_each_method_forecasts_the_next_two_budgets_of_every_origin():
-    rows = judged(table(), (LEVEL, *RIVALS))
+def test_each_method_forecasts_the_later_budgets_of_every_origin():
+    rows = judged(table(), (COMBINED, *RIVALS))
     minima = rows[(rows.group == MINIMA) & (rows.method == LINE)]
-    pairs = [(3, 1), (3, 2), (4, 1)]
-    assert list(zip(minima.origin, minima.ahead, strict=True)) == pairs
-    runs = rows[(rows.method == LEVEL) & (rows.group != MINIMA)]
+    pairs = [(3, "2.5 to 5 times"), (3, "5 to 12 times"), (4, "2.5 to 5 times")]
+    assert list(zip(minima.origin, minima.band.map(band_name), strict=True)) == pairs
+    runs = rows[(rows.method == COMBINED) & (rows.group != MINIMA)]
     assert set(runs.group) == {NEAR, OTHER}
     assert len(runs) == 6 * len(pairs)
     assert not set(rows[rows.group != MINIMA].method) & set(RIVALS)
@@ -61,7 +70,7 @@ def test_each_method_forecasts_the_next_two_budgets_of_every_origin():
 
 @pytest.mark.parametrize(
     "methods",
-    [(LEVEL, *RIVALS), pytest.param((LAW,), marks=pytest.mark.slow)],  # a law takes a second
+    [(COMBINED, *RIVALS), pytest.param((LAW,), marks=pytest.mark.slow)],  # a law takes a second
 )
 def test_losses_beyond_an_origin_change_none_of_its_forecasts(methods):
     """The last two budgets have other losses: at origins before them, errors move by just that."""
@@ -70,7 +79,8 @@ def test_losses_beyond_an_origin_change_none_of_its_forecasts(methods):
     other = rows.assign(loss=rows.loss * np.where(late, 1.2, 1))
     scores = [judged(each, methods, near=None) for each in (rows, other)]
     one, two = (f[f.origin <= 4] for f in scores)
-    beyond = (one.origin + one.ahead > 4).to_numpy()
+    later = 10 ** (18 + one.origin / 2 - 0.5) * one.beyond
+    beyond = (later > 1.1 * 10**19.5).to_numpy()
     assert two.error.to_numpy() == pytest.approx(one.error - beyond * np.log(1.2), abs=1e-12)
     np.testing.assert_array_equal(one.width, two.width)
     assert beyond.sum() > 3
@@ -86,9 +96,9 @@ def test_the_law_of_an_exact_surface_forecasts_it_exactly():
 
 def test_the_scores_of_given_errors():
     """Two minima and four runs, each with half widths of 1 % (50 %) and 2 % (90 %)."""
-    keys = {"table": "t", "ahead": 1}
+    keys = {"table": "t", "family": "t", "kind": EVEN, "band": 1, "beyond": 3.0}
     rows = [
-        row(e, **keys, method=LEVEL, origin=k, group=group)
+        row(e, **keys, method=COMBINED, origin=k, group=group)
         for k, group, e in [
             (3, MINIMA, 0.005), (4, MINIMA, -0.03),
             (3, NEAR, 0.015), (3, NEAR, 0.0), (3, OTHER, 0.05), (3, OTHER, 0.015),
@@ -100,22 +110,23 @@ def test_the_scores_of_given_errors():
         for k, e in ((3, 0.04), (4, 0.03))
     ]
     predictions = {(s.table, s.method): s for s in scores(pd.DataFrame(rows))}
-    level, line = predictions[None, LEVEL], predictions[None, LINE]
+    level, line = predictions[None, COMBINED], predictions[None, LINE]
     assert (level.count, level.median, level.bias) == pytest.approx((2, 0.0175, -0.0125))
     assert level.interval_score == pytest.approx(0.04 + 20 * 0.01 / 2)
     shares = {g: (c.count, c.inner, c.outer) for g, c in level.coverage.items()}
     assert shares == {MINIMA: (2, 0.5, 0.5), NEAR: (2, 0.5, 1), OTHER: (2, 0, 0.5)}
     assert level.skill == {LINE: pytest.approx(0.5)}
+    assert level.skill_interval == {}, "one family of tables tells nothing of others"
     assert (line.interval_score, line.coverage, line.skill) == (None, {}, {})
-    assert predictions["t", LEVEL].median == level.median
+    assert predictions["t", COMBINED].median == level.median
 
 
 def test_the_error_of_the_bias_is_that_of_resampled_tables():
-    keys = {"method": LEVEL, "ahead": 1, "group": MINIMA}
+    keys = {"method": COMBINED, "kind": EVEN, "band": 1, "beyond": 3.0, "group": MINIMA}
     rng = np.random.default_rng(5)
     each = [rng.normal(0, 0.02) + rng.normal(0, 0.005, n) for n in rng.integers(3, 8, 40)]
     rows = [
-        row(e, **keys, table=str(t), origin=k)
+        row(e, **keys, table=str(t), family=str(t), origin=k)
         for t, errors in enumerate(each)
         for k, e in enumerate(errors)
     ]
@@ -127,11 +138,12 @@ def test_the_error_of_the_bias_is_that_of_resampled_tables():
 
 
 def test_skill_compares_the_origins_that_both_methods_forecast():
-    rows = judged(table(), (LEVEL, FRONTIER))
+    rows = judged(table(), (COMBINED, FRONTIER))
     missing = (rows.method == FRONTIER) & (rows.origin == 3)
     both = rows[(rows.origin == 4) & (rows.group == MINIMA)].set_index("method").error.abs()
-    one = next(s for s in scores(rows[~missing]) if s.method == LEVEL and s.ahead == 1)
-    assert one.skill[FRONTIER] == pytest.approx(1 - both[LEVEL] / both[FRONTIER])
+    both = both[rows[(rows.origin == 4)].groupby("method").beyond.min().index]
+    one = next(s for s in scores(rows[~missing]) if s.method == COMBINED and s.band == 1)
+    assert one.skill[FRONTIER] == pytest.approx(1 - both[COMBINED] / both[FRONTIER])
 
 
 def test_a_rival_is_as_sure_as_its_own_earlier_errors_allow():
@@ -142,7 +154,7 @@ def test_a_rival_is_as_sure_as_its_own_earlier_errors_allow():
     lowest = rows.groupby("budget").loss.transform("min")
     level = np.exp(-0.1 * x + 0.2 * bends)[rows.budget.rank(method="dense").astype(int) - 1]
     scores = judged(rows.assign(loss=rows.loss / lowest * level), (LINE,))
-    ahead_rows = scores[scores.ahead == 1].set_index("origin")
+    ahead_rows = scores[scores.band == 1].set_index("origin")
     assert ahead_rows.error[3] == pytest.approx(0, abs=1e-9)
     assert ahead_rows.width[4] < ahead_rows.width[3] < ahead_rows.width[6]
 
@@ -151,10 +163,13 @@ def test_tables_are_scored_together_and_apart():
     job = StudyJob()
     studies = [finished(table(n), job, name) for n, name in ((0.003, "a"), (0.01, "b"))]
     rows = scores(forecasts(studies, job, QUICK))
-    counts = [(s.table, s.ahead, s.count) for s in rows if s.method == LAST]
-    assert counts[:2] == [(None, 1, 4), (None, 2, 2)]
-    assert counts[2:] == [("a", 1, 2), ("a", 2, 1), ("b", 1, 2), ("b", 2, 1)]
-    assert [s.method for s in rows[:3]] == [LEVEL, LINE, LAST]
+    counts = [
+        (s.table, band_name(s.band), s.count) for s in rows if (s.kind, s.method) == (None, LAST)
+    ]
+    near, far = "2.5 to 5 times", "5 to 12 times"
+    assert counts[:2] == [(None, near, 4), (None, far, 2)]
+    assert counts[2:] == [("a", near, 2), ("a", far, 1), ("b", near, 2), ("b", far, 1)]
+    assert [s.method for s in rows[:3]] == [COMBINED, LINE, LAST]
 
 
 def test_the_scores_for_programs_have_no_nan():
@@ -186,16 +201,19 @@ def test_runs_that_diverged_or_that_a_study_does_not_fit_are_left_out():
     assert usable.budgets.tolist() == rows.budget.drop([2, 7]).tolist()
 
 
-@pytest.mark.slow  # 129 forecasts of nine tables
-def test_level_beats_the_line_on_public_tables(published):
+@pytest.mark.slow  # 311 forecasts of nine tables
+def test_combined_forecasts_beat_the_line_at_each_distance_on_public_tables(published):
     paths = sorted((published / "backtest").glob("*.csv"))
     if not paths:
         pytest.skip(f"the tables for backtests are not at {published / 'backtest'}")
     job = StudyJob()
     studies = [finished(of_export(path, {})[0], job, path.stem) for path in paths]
-    rows = [s for s in scores(forecasts(studies, job, (LEVEL, LINE))) if s.method == LEVEL]
-    for one in rows[:2]:
-        assert one.table is None
-        assert one.skill[LINE] > 0.15
+    rows = [s for s in scores(forecasts(studies, job, (COMBINED, LINE))) if s.method == COMBINED]
+    pooled = [one for one in rows if one.table is None and BANDS[one.band] < 150]
+    assert [one.kind for one in pooled] == [None] * 5 + [EVEN] * 5 + [UNEVEN] * 5
+    for one in pooled:
+        assert one.skill[LINE] > (0.1 if one.kind == UNEVEN else 0.25)
         assert 0.80 < one.coverage[MINIMA].outer < 0.98
-        assert one.median < 0.005
+    for one in pooled[5:10]:
+        assert one.skill_interval[LINE][0] > 0.15
+        assert abs(one.bias) < 0.01

@@ -34,15 +34,15 @@ def study(*arguments, rows=None):
 
 
 @pytest.fixture(scope="module")
-def by_level():
+def by_combination():
     return study()
 
 
 @pytest.fixture(scope="module")
-def two_forecasts(by_level, tmp_path_factory):
+def two_forecasts(by_combination, tmp_path_factory):
     path = tmp_path_factory.mktemp("study") / "forecasts"
     for name, c in (("big", 3e21), ("bigger", 1e22)):
-        write_forecast(by_level, path, name, TargetPoint(flops=c))
+        write_forecast(by_combination, path, name, TargetPoint(flops=c))
     return path
 
 
@@ -60,51 +60,51 @@ def test_a_forecast_holds_target_intervals_rivals_hashes_and_time(folder):
     (least, most), (low, high) = f["interval"], f["interval_50"]
     assert least < low < f["loss"] < high < most
     assert f["rivals"].keys() == {"line", "L(C)", "law alone"}
-    assert f["method"] == "level"
+    assert f["method"] == "combined"
     assert f["previous_hash"] == GENESIS
     assert second.facts["previous_hash"] == f["hash"]
     assert len(f["data"]) == 64
     assert f["time"].endswith("Z")
 
 
-def test_a_run_with_a_record_or_a_forecast_is_refused(by_level, folder):
+def test_a_run_with_a_record_or_a_forecast_is_refused(by_combination, folder):
     with pytest.raises(UserError, match="cell-3: has a record already"):
-        write_forecast(by_level, folder, "cell-3", TargetPoint(flops=3e21))
+        write_forecast(by_combination, folder, "cell-3", TargetPoint(flops=3e21))
     n, d = (float(table()[name][7]) for name in ("parameters", "tokens"))
     with pytest.raises(UserError, match="has a record already, so it can't be predicted"):
-        write_forecast(by_level, folder, "another", TargetPoint(parameters=n, tokens=d))
+        write_forecast(by_combination, folder, "another", TargetPoint(parameters=n, tokens=d))
     with pytest.raises(UserError, match="big: has a forecast already"):
-        write_forecast(by_level, folder, "big", TargetPoint(flops=5e21))
+        write_forecast(by_combination, folder, "big", TargetPoint(flops=5e21))
     with pytest.raises(UserError, match="target: is not given"):
-        write_forecast(by_level, folder, "other")
+        write_forecast(by_combination, folder, "other")
     assert len(read_forecasts(folder)) == 2
 
 
-def test_a_forecast_has_an_interval_for_its_end_and_for_each_branch(by_level, tmp_path):
+def test_a_forecast_has_an_interval_for_its_end_and_for_each_branch(by_combination, tmp_path):
     aim = TargetPoint(parameters=1.5e9, tokens=4e11, branches=[1e11, 2e11])
-    facts = write_forecast(by_level, tmp_path, "big", aim).facts
+    facts = write_forecast(by_combination, tmp_path, "big", aim).facts
     whole, first, second = read_forecasts(tmp_path)[0].intervals
     assert (whole.tokens, first.tokens, second.tokens) == (4e11, 1e11, 2e11)
     assert (whole.loss, *whole.outer) == (facts["loss"], *facts["interval"])
     assert whole.loss < second.loss < first.loss
     assert first.loss == pytest.approx(loss_of(1.5e9, 1e11), rel=0.02)
     (alone,) = write_forecast(
-        by_level, tmp_path, "b", TargetPoint(parameters=1.5e9, tokens=1e11)
+        by_combination, tmp_path, "b", TargetPoint(parameters=1.5e9, tokens=1e11)
     ).intervals
     assert (alone.loss, alone.outer, alone.inner) == (first.loss, first.outer, first.inner)
 
 
-def test_a_branch_must_be_shorter_than_its_run_and_without_a_record(by_level, tmp_path):
+def test_a_branch_must_be_shorter_than_its_run_and_without_a_record(by_combination, tmp_path):
     for tokens in (4e11, 3.99e11, 5e11, 0.0):
         aim = TargetPoint(parameters=1.5e9, tokens=4e11, branches=[1e11, tokens])
         with pytest.raises(
             UserError, match=r"target\.branches: .* is not shorter than its run of 4e\+11"
         ):
-            write_forecast(by_level, tmp_path, "big", aim)
+            write_forecast(by_combination, tmp_path, "big", aim)
     n, d = (float(table().iloc[-1][name]) for name in ("parameters", "tokens"))
     with pytest.raises(UserError, match="has a record already, so it can't be predicted"):
         write_forecast(
-            by_level, tmp_path, "big", TargetPoint(parameters=n, tokens=3 * d, branches=[d])
+            by_combination, tmp_path, "big", TargetPoint(parameters=n, tokens=3 * d, branches=[d])
         )
     assert read_forecasts(tmp_path) == []
 
