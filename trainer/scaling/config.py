@@ -119,6 +119,8 @@ class LaunchKeys:
     at_once: int = key(1, ge=1)  # number of cells that run at the same time
     retry: bool = False  # start cells again that failed or diverged
     target: bool = False  # after all other cells, predict the target and train it
+    # after a stage whose runs contradict their forecasts; ask: at a terminal, else continue
+    contradiction: Literal["ask", "continue", "stop"] = "ask"
     # slurm=CHOICE of `forescale submit` to queue the cells with; null: run them here
     slurm: str | None = None
     # more arguments of `forescale submit`; better written after `--`

@@ -39,6 +39,7 @@ from forescale.scaling.design.shapes import Rule
 from forescale.scaling.design.simulate import RunSet, expected
 from forescale.scaling.design.tuning import best_rates, rate_batch_response, updated_rule
 from forescale.scaling.fitting.isoflop import Vertex, vertex
+from forescale.scaling.study.contradiction import ask_if_contradicted
 from forescale.scaling.study.directory import TARGET, Study
 
 Log = Callable[[str], None]
@@ -55,9 +56,10 @@ class _Kind:
     extra_rates: int
 
 
-def advance(study: Study, log: Log) -> None:
-    """Make all decisions that are due. Raises UserError if the next stage doesn't fit under the
-    cap, or if no learning rate gave a loss."""
+def advance(study: Study, log: Log, goes_on: Callable[[str], bool] = lambda _: True) -> None:
+    """Make all decisions that are due. goes_on: answers whether to go on after a stage that
+    contradicts its forecasts. Raises UserError if not, if the next stage doesn't fit under the cap,
+    or if no learning rate gave a loss."""
     kind = _KINDS.get(study.plan.kind, _LAW)
     for number in [s.number for s in study.plan.stages]:
         stage = study.plan.stage(number)
@@ -68,6 +70,7 @@ def advance(study: Study, log: Log) -> None:
         for recipe in study.plan.stage(number).untuned:
             _tune(study, number, recipe, kind.extra_rates, log)
         kind.after(study, study.plan.stage(number), log)
+        ask_if_contradicted(study, study.plan.stage(number), goes_on, log)
 
 
 def _tune(study: Study, number: int, recipe: str, most: int, log: Log) -> None:

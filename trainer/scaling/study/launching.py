@@ -13,6 +13,7 @@ loss is reported once and starts again only with launch.retry=true.
 
 import os
 import re
+import select
 import shlex
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from pathlib import Path
 from forescale.config.compose import compose
 from forescale.config.target import STORED, targets
 from forescale.config.train import TrainJob
+from forescale.ground.console import is_terminal
 from forescale.ground.errors import DONE, INTERRUPTED, PREFIX, USER, UserError
 from forescale.ground.processes import die_with_parent
 from forescale.ground.storage import write_file
@@ -63,7 +65,7 @@ class Launcher(ABC):
     def advance(self) -> None:
         """Decide and start cells; once nothing is left, predict and start the target too. A stop
         signal may come while a stage is decided: nothing starts after it."""
-        advance(self.study, self.log)
+        advance(self.study, self.log, self._goes_on)
         if self.stop_signal is None:
             self.start_ready()
         has_target = any(c.role == "target" for c in self.study.plan.cells)
@@ -71,6 +73,17 @@ class Launcher(ABC):
         if self.keys.target and is_over:
             add_target(self.study, self.log)
             self.start_ready()
+
+    def _goes_on(self, question: str) -> bool:
+        """Return the answer of the key, or of who sits at the terminal; True without one. A stop
+        signal is no."""
+        if self.keys.contradiction != "ask" or not is_terminal(sys.stdin):
+            return self.keys.contradiction != "stop"
+        self.log(f"{question} [y/N]")
+        while self.stop_signal is None:
+            if select.select([sys.stdin], [], [], _POLL)[0]:
+                return sys.stdin.readline().strip().lower() in ("y", "yes")
+        return False
 
 
 def expect_within_cap(study: Study, cell: Cell, under_way: Collection[str]) -> None:
