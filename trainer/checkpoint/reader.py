@@ -79,6 +79,21 @@ class Guard(TypedDict):
     anomalous_in_a_row: Count
 
 
+class Watched(TypedDict):
+    """What a comparison with a forecast (run/band.py) knows of the steps before.
+    of: the hash of the forecast, and the steps of the run."""
+
+    of: str
+    means: list[AnyNumber]
+    ends: list[Count]
+    sum: AnyNumber
+    count: Count
+    since: tuple[Count, Count] | None
+    inside: Count
+    alarm: bool
+    left: list[tuple[Whole, Count]]
+
+
 class Numerics(TypedDict, total=False):
     """What bits depend on (run/start.py), with further keys. *_parallel: how many ranks divide."""
 
@@ -110,6 +125,7 @@ class State(TypedDict):
     counters: Counters
     numerics: NotRequired[Numerics | None]
     guard: NotRequired[Guard | None]
+    watch: NotRequired[Watched | None]
     logged: NotRequired[dict[str, FileEntry]]
     adapter_scale: NotRequired[Number | None]
     outer: NotRequired[dict[str, Count]]

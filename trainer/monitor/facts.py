@@ -19,8 +19,9 @@ KEYS = (
     "name", "path", "state", "error", "job", "attempt", "step", "total_steps", "tokens", "loss",
     "validation", "tokens_per_second", "seconds_per_step", "seconds_left", "mfu", "checkpoints",
     "seen", "last_event", "wall_seconds", "seconds", "rank_seconds", "sizes", "ettr", "failures",
-    "lost_steps",
+    "lost_steps", "forecast",
 )  # fmt: skip
+_FORECAST = "step", "above", "loss", "low", "high", "level", "inside"
 _VALIDATION = (
     "step", "tokens", "loss", "loss_stderr", "bits_per_byte", "rewards/accuracies", "windows",
 )  # fmt: skip
@@ -85,6 +86,11 @@ def _facts(s: Status, job: "Job | None") -> dict[str, Any]:
         "ettr": goodput.ettr if goodput.wall else None,
         "failures": goodput.failures,
         "lost_steps": s.lost().steps,
+        "forecast": (anew := s.forecast_anew)
+        and {
+            **{name: anew[name] for name in _FORECAST},
+            "left": (s.forecast_left or {}).get("since"),
+        },
     }
 
 

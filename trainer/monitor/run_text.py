@@ -25,6 +25,7 @@ from forescale.monitor.status import Status
 from forescale.resilience.diagnosis import OWN_WORK, stages_text, waiting_places
 from forescale.resilience.outcome import launch_of
 from forescale.run.abilities import in_words
+from forescale.run.band import alarm_text, anew_text
 from forescale.run.certificate import about
 from forescale.run.directory import Attempt, Run
 from forescale.run.forecast import describe, prediction_interval_of
@@ -104,10 +105,10 @@ def show_run(
         console.print(f"Validation at step {last['step']:,}: {_score(last)}")
         if shares := in_words(last):
             say(shares[0].upper() + shares[1:])
-    if line := _forecast(s):
-        say(line)
-    for line in curve.lines(s.losses, min(console.width, _CURVE), in_ascii):
-        say(line)
+    for sentence in _forecast(s):
+        say(sentence)
+    for row in curve.lines(s.losses, min(console.width, _CURVE), in_ascii):
+        say(row)
     if job is not None and job.is_waiting:
         at = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(job.start))
         begins = f", expected to start {at}" if job.start else ""
@@ -118,15 +119,15 @@ def show_run(
     if end is not None and s.state != "complete":
         log, tail = end.submission.log, end.tail(_LAST_LINES)
         say(f"{end.sentence} " + (f"Its log, {log}, ends:" if tail else f"No log: {log}"))
-        for line in tail:
-            say(f"  {line}")
+        for row in tail:
+            say(f"  {row}")
     _show_checkpoints(s, console)
     if s.job.checkpoint.mirror and (line := _mirrored(s.run)):
         say(line)
     _show_attempts(s, console)
     _print(_sizes(s), console)
-    for line in (*promises(s.run), *about(s.job, None, code=False)[0]):
-        say(line)
+    for sentence in (*promises(s.run), *about(s.job, None, code=False)[0]):
+        say(sentence)
     if line := _ranks(s):
         say(line)
     _show_time(s, console)
@@ -146,21 +147,25 @@ def _score(row: Row) -> str:
     return f"{row.get('bits_per_byte', math.nan):.4f} bits per byte{of}, {loss} windows"
 
 
-def _forecast(s: Status) -> str | None:
-    """Return how the final loss compares with the forecast; before the end, what is predicted."""
+def _forecast(s: Status) -> list[str]:
+    """Return how the final loss compares with the forecast; before the end, what is predicted, how
+    the loss keeps to its band, and the end as the run forecasts it anew."""
     rows = s.run.read_events(kind="forecast_scored")
     total, scored = s.job.total_steps, s.validation
     if rows and (rows[-1]["step"] == total or s.job.forecast is None):
-        return describe(rows[-1])
+        return [describe(rows[-1])]
     try:
         prediction = prediction_interval_of(s.job)
     except UserError as e:  # the run goes on without it
-        return f"The forecast can't be read: {e}"
+        return [f"The forecast can't be read: {e}"]
     if prediction is None:
-        return None
+        return []
     if scored is not None and scored["step"] == total:
-        return describe(prediction.compare(scored["loss"]))
-    return prediction.due_message(s.job)
+        return [describe(prediction.compare(scored["loss"]))]
+    left, lines = s.forecast_left, [prediction.due_message(s.job)]
+    if anew := s.forecast_anew:
+        lines.append(anew_text(anew, left is not None))
+    return [*lines, alarm_text(left)] if left else lines
 
 
 def _mirrored(run: Run) -> str | None:

@@ -34,7 +34,7 @@ State = Literal[
 ]  # fmt: skip
 _PATIENCE = 60.0  # seconds, besides twice the longest step with its evaluation and save
 _AHEAD = 3600.0  # most seconds that the clock of a file server may be ahead of ours
-_SAVED = ("checkpoint_saved", "snapshot_saved")  # events of every run
+_SAVED = ("checkpoint_saved", "snapshot_saved", "forecast_anew")  # events of every run
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,22 @@ class Status:
         rows = [row for a in self.attempts[-2:] for row in self._memory.events(a)]
         kinds = [row.get("kind", "-") for row in rows if row.get("kind") not in _SAVED]
         return kinds[-1] if kinds else None
+
+    @property
+    def forecast_anew(self) -> Row | None:
+        """The last forecast of the end that the run made itself; None before one."""
+        return self._newest("forecast_anew")
+
+    @property
+    def forecast_left(self) -> Row | None:
+        """Since when the loss is outside the band of its forecast; None while it is inside."""
+        alarm = self._newest("forecast_left", "forecast_back")
+        return alarm if alarm and alarm["kind"] == "forecast_left" else None
+
+    def _newest(self, *kinds: str) -> Row | None:
+        """Return the last event of these kinds, of the steps that are kept."""
+        rows = (row for a in reversed(self.attempts) for row in reversed(self._memory.events(a)))
+        return next((r for r in rows if r.get("kind") in kinds and r["step"] <= self.step), None)
 
     @property
     def validation(self) -> Row | None:

@@ -9,8 +9,8 @@ a guess. No run depends on the webhook: one try, and a failure is a line in the 
 a secret: it stands in the environment, and in no config, log or file of a run. Imports no torch.
 
     FORESCALE_WEBHOOK=https://...   gets a POST of JSON: text (a sentence; Slack, Mattermost and
-                                    Teams show it), content (the same, for Discord), run, event and
-                                    code
+                                    Teams show it), content (the same, for Discord), run, event and,
+                                    of an end, code
 """
 
 import json
@@ -278,11 +278,17 @@ def _last_message(log: RankLog) -> str:
 def notify(run: Run, code: int, why: str, report: Callable[[str], object]) -> None:
     """Post the end of a run to the webhook, if the environment has one. why: a sentence; report:
     prints a line. An interrupted run, which resumes, is not posted."""
-    address = os.environ.get(WEBHOOK)
-    if not address or (event := EVENTS.get(code)) is None:
+    if (event := EVENTS.get(code)) is None:
+        return
+    post(run, event, why, report, code=code)
+
+
+def post(run: Run, event: str, why: str, report: Callable[[str], object], **facts: Any) -> None:
+    """Post an event of a run to the webhook, if the environment has one; see `notify`."""
+    if not (address := os.environ.get(WEBHOOK)):
         return
     text = f"forescale run {run.name}: {event}. {why}"
-    facts = {"text": text, "content": text, "run": run.name, "event": event, "code": code}
+    facts = {"text": text, "content": text, "run": run.name, "event": event, **facts}
     try:
         if not address.startswith(("https://", "http://")):
             raise ValueError("its address doesn't begin with https://")

@@ -3,17 +3,19 @@
     studies/<name>/forecasts/0001.json    a forecast, written before its target run is trained
     a forecast -> prediction intervals    one for the end of the run, one for each earlier branch
     a run -> its prediction interval      the one of the run's own N and D, used after the last step
+    a run -> its band                     that of its training loss by step, used while it trains
 
 Invariant: a forecast is accepted only if the whole hash chain of its folder is intact: each file
 holds its own hash and the hash of the file before it. The predicted losses are those of runs with a
-decayed learning rate, so a run is compared only at its end. Imports no torch.
+decayed learning rate, so a held-out loss is compared only at the end; on the way the training loss
+is, with the curve of runs of the same schedule. Imports no torch.
 """
 
 # ruff: noqa: UP013 - the types of stored values, in as many lines as they need
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired
@@ -23,15 +25,18 @@ from typing_extensions import TypedDict
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
 from forescale.ground.storage import read_json, read_typed, write_json
-from forescale.ground.typed import AnyNumber, Positive, Share, typed
+from forescale.ground.typed import AnyNumber, Count, Number, Positive, Share, typed
 from forescale.models.config import ModelConfig
 from forescale.models.flops import count
+from forescale.run.band import Band
 
 GENESIS = "0" * 64  # stands for the hash of the file before the first forecast
 SAME = 0.01  # two runs are the same point if log N and log D differ by less than this
+_SAME_DECAY = 0.03  # of the steps, by which the decays of two runs of one schedule may differ
 Ends = tuple[AnyNumber, AnyNumber]
 Rival = TypedDict("Rival", {"loss": AnyNumber})
-Outcome = TypedDict("Outcome", {"run": str, "loss": AnyNumber})
+Anew = TypedDict("Anew", {"share": Share, "loss": Positive, "low": Positive, "high": Positive})
+Outcome = TypedDict("Outcome", {"run": str, "loss": AnyNumber, "anew": NotRequired[list[Anew]]})
 _SIZES = ("blocks_and_head", "non_embedding", "total", "active")  # conventions of N
 _STUDIES = Path("studies")
 _TODO = (
@@ -50,8 +55,13 @@ _Target = TypedDict("_Target", {
 _Task = TypedDict("_Task", {
     "column": str, "metric": str, "value": NotRequired[AnyNumber], "interval": NotRequired[Ends],
 })
+_Curve = TypedDict("_Curve", {
+    "shares": list[Number], "above": list[Number], "deviation": list[Positive], "runs": Count,
+    "schedule": str, "decay": Number,
+})
 _Point = TypedDict("_Point", {
     "tokens": AnyNumber, "loss": AnyNumber, "interval": Ends, "interval_50": Ends,
+    "curve": NotRequired[_Curve],
 })
 _Facts = TypedDict("_Facts", {
     "target": _Target, "loss": Positive, "interval": Ends, "interval_50": Ends, "level": Share,
@@ -79,11 +89,17 @@ class Forecast:
         path = self.path.with_suffix(".outcome.json")
         return read_typed(Outcome, path) if path.exists() else None
 
-    def record_outcome(self, name: str, loss: float) -> None:
-        """Write the observed loss of run `name` beside the forecast, unless one is recorded."""
+    def record_outcome(
+        self, name: str, loss: float, anew: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """Write the observed loss of run `name` beside the forecast, unless one is recorded. anew:
+        its events forecast_anew; those of this forecast are recorded too."""
         path = self.path.with_suffix(".outcome.json")
         if not path.exists():
-            write_json(path, {"run": name, "loss": loss, "forecast": self.facts["hash"]})
+            latest = {row["step"]: row for row in anew if row.get("hash") == self.facts["hash"]}
+            ends = [{k: latest[step][k] for k in Anew.__annotations__} for step in sorted(latest)]
+            facts = {"run": name, "loss": loss, "forecast": self.facts["hash"]}
+            write_json(path, facts | ({"anew": ends} if ends else {}))
 
     @property
     def intervals(self) -> list["PredictionInterval"]:
@@ -102,7 +118,8 @@ class Forecast:
 class PredictionInterval:
     """A predicted loss with its intervals, for a run of N `parameters` that ends after `tokens`.
     forecast, hash: path and hash of the forecast; parameters: N by the forecast's convention; loss:
-    nats per token; inner: the 50 % interval; outer: the interval at `level`."""
+    nats per token; inner: the 50 % interval; outer: the interval at `level`; curve: of the training
+    loss above it, from runs of a schedule, see scaling/analysis/forecast.py."""
 
     forecast: Path
     hash: str
@@ -112,6 +129,7 @@ class PredictionInterval:
     inner: tuple[float, float]
     outer: tuple[float, float]
     level: float
+    curve: _Curve | None = None
 
     @classmethod
     def of(cls, forecast: Forecast, point: Mapping[str, Any]) -> "PredictionInterval":
@@ -119,7 +137,19 @@ class PredictionInterval:
         f = forecast.facts
         n, d, loss = map(float, (f["target"]["parameters"], point["tokens"], point["loss"]))
         ends = tuple(point["interval_50"]), tuple(point["interval"])
-        return cls(forecast.path, f["hash"], n, d, loss, *ends, float(f["level"]))
+        curve = point.get("curve")
+        return cls(forecast.path, f["hash"], n, d, loss, *ends, float(f["level"]), curve)
+
+    def band(self, job: TrainJob) -> Band | None:
+        """Return the band of the run's training loss; None if the forecast has no curve, or one of
+        runs with another schedule."""
+        decay, curve = job.decay_steps / job.total_steps, self.curve
+        if curve is None or job.schedule.kind != curve["schedule"]:
+            return None
+        if abs(decay - curve["decay"]) > _SAME_DECAY:
+            return None
+        shape = curve["shares"], curve["above"], curve["deviation"]
+        return Band(*shape, self.loss, *self.outer, self.level)
 
     def due_message(self, job: TrainJob) -> str:
         """Return the sentence that is printed before the run begins."""

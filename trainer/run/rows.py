@@ -80,7 +80,27 @@ class _Forecast(_AnyRow):
     level: Number
 
 
-_KINDS = {"train": _Step, "validation": _Scored, "ended": _Ended, "forecast_scored": _Forecast}
+class _Anew(_AnyRow):
+    step: Count  # type: ignore[misc]  # narrower
+    above: Number
+    loss: Number
+    low: Number
+    high: Number
+    inside: Number
+    level: Number
+
+
+class _Alarm(_AnyRow):
+    step: Count  # type: ignore[misc]  # narrower
+    since: Count
+    beyond: Number
+    reference: Count | None
+
+
+_KINDS = {
+    "train": _Step, "validation": _Scored, "ended": _Ended, "forecast_scored": _Forecast,
+    "forecast_anew": _Anew, "forecast_left": _Alarm, "forecast_back": _Alarm,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

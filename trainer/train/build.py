@@ -36,6 +36,7 @@ from forescale.engine.step import Engine
 from forescale.resilience.injector import Injector
 from forescale.resilience.phases import PhaseTimer
 from forescale.run.abilities import questions_of_job
+from forescale.run.band import Watch
 from forescale.run.directory import Attempt, Run
 from forescale.run.feed import feed_of, left_out, objective_of, targets_of_a_window, whole_rows_of
 from forescale.run.forecast import PredictionInterval
@@ -45,6 +46,7 @@ from forescale.train.abilities import Abilities
 from forescale.train.callbacks import Callback, Checkpoints, Every, UserCallback, Validation
 from forescale.train.evaluate import Score, Scored, evaluate, pooled
 from forescale.train.guard import Guard, StepGuard
+from forescale.train.live import Live
 from forescale.train.metrics import Metrics, Prices, ProgressLine
 from forescale.train.model import prices_of
 from forescale.train.outer import Outer
@@ -66,6 +68,7 @@ class Parts:
     checkpoints: Checkpoints
     snapshots: Checkpoints | None = None  # in the memory of nodes
     outer: Outer | None = None  # of a run on several clusters
+    live: Live | None = None  # of a run with a forecast of its curve
 
     @property
     def callbacks(self) -> list[Callback]:
@@ -74,7 +77,8 @@ class Parts:
         part in the step's round."""
         rounds = [self.outer] if self.outer else []
         saving = [self.checkpoints, self.snapshots] if self.snapshots else [self.checkpoints]
-        return [self.metrics, *self.user_callbacks, *rounds, *saving, self.validation]
+        live = [self.live] if self.live else []
+        return [self.metrics, *live, *self.user_callbacks, *rounds, *saving, self.validation]
 
     def close(self) -> None:
         """End the workers of the data stream, and write what the metrics still hold."""
@@ -136,7 +140,8 @@ class Builder:
         metrics = self._metrics(attempt, point.position, feed)
         due = self._every(self.job.validation.every)
         validation = Validation(due, self._score, metrics.scored, self._abilities)
-        saving = checkpoints, _ = self._checkpoints(attempt, judge)
+        live = self._live(metrics, point)
+        saving = checkpoints, _ = self._checkpoints(attempt, judge, live)
         replay = self.job.guard.replay
         guard = StepGuard(
             judge,
@@ -152,7 +157,20 @@ class Builder:
         user_callbacks = self._user_callbacks(
             attempt, self.job.guard.most_rollbacks - len(rollbacks)
         )
-        return Parts(batches, guard, metrics, validation, user_callbacks, *saving, self.outer)
+        parts = batches, guard, metrics, validation, user_callbacks
+        return Parts(*parts, *saving, self.outer, live)
+
+    def _live(self, metrics: Metrics, point: ResumePoint) -> Live | None:
+        """Return what compares the run with the band of its forecast, if there is one."""
+        if metrics.band is None or self.prediction is None:
+            return None
+        # The state of a checkpoint is of another band in a branch, or with another forecast.
+        name, total = f"{self.prediction.hash}:{self.job.total_steps}", self.job.total_steps
+        state = point.watch if point.watch and point.watch["of"] == name else {}
+        watch = Watch(metrics.band, total, {**state, "of": name})
+        rules = self.job.checkpoint
+        due, halts = self._every(rules.every, tuple(rules.at)), self.job.guard.forecast == "halt"
+        return Live(self.run, watch, self.prediction, due, metrics, halts)
 
     @property
     def _place(self) -> str:
@@ -239,6 +257,7 @@ class Builder:
             position.quarantined,
             self.prediction,
             job.objective.targets,
+            self.prediction.band(job) if self.prediction else None,
         )
 
     def _prices(self, each: float, peak: float) -> Callable[[int], tuple[Prices, Prices]]:
@@ -270,14 +289,15 @@ class Builder:
         return callbacks
 
     def _checkpoints(
-        self, attempt: Attempt, judge: Guard
+        self, attempt: Attempt, judge: Guard, live: Live | None
     ) -> tuple[Checkpoints, Checkpoints | None]:
         job, rules = self.job, self.job.checkpoint
         scale = {"adapter_scale": job.lora.scale} if job.lora.rank else {}
 
         def facts() -> dict[str, Any]:
             rounds = self.outer.facts if self.outer else {}
-            return {"numerics": self.numerics, "guard": judge.state, **scale, **rounds}
+            watch = {"watch": live.watch.copy()} if live else {}
+            return {"numerics": self.numerics, "guard": judge.state, **watch, **scale, **rounds}
 
         parts = self.run, attempt, self.engine, facts, keep_of(job)
         extra: dict[str, Any] = {"midway": self.injector.writing} if self.injector else {}

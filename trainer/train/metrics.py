@@ -15,6 +15,7 @@ from forescale.engine.world import StepSummary
 from forescale.ground.console import is_terminal, open_console, span
 from forescale.resilience.phases import training_seconds
 from forescale.run.abilities import in_words
+from forescale.run.band import Band
 from forescale.run.directory import Attempt
 from forescale.run.forecast import PredictionInterval, describe
 from forescale.train.callbacks import Callback, Every, Step
@@ -52,7 +53,8 @@ class Metrics(Callback):
 
     prices: returns those of the targets of a step (from 1), and the mean of all up to it.
     peak_rates: peak learning rate of each parameter group; memory: returns bytes; lost: the members
-    already reported as damaged; prediction: what the final validation loss is compared with;
+    already reported as damaged; prediction: what the final validation loss is compared with; band:
+    what the training loss is;
     targets: what validation losses are of, if not of tokens: the rows name it as `scored`.
     """
 
@@ -68,11 +70,12 @@ class Metrics(Callback):
         lost: Iterable[tuple[str, int, str]] = (),
         prediction: PredictionInterval | None = None,
         targets: str = "tokens",
+        band: Band | None = None,
     ):
         self.attempt, self.prices, self.peak_rates = attempt, prices, peak_rates
         self.line, self.trackers, self.memory, self.is_main = line, trackers, memory, is_main
         self.lost = set(lost)
-        self.prediction, self.targets = prediction, targets
+        self.prediction, self.targets, self.band = prediction, targets, band
 
     def see(self, step: Step, summary: StepSummary) -> None:
         """Write the step's row, its events and its line."""
@@ -104,6 +107,7 @@ class Metrics(Callback):
         busy = seconds.get("compute", 0.0) + seconds.get("data", 0.0)
         rate = tokens / busy if busy else 0.0
         now, mean = self.prices(p.step)
+        band = self.band and self.band.losses(p.step / self.line.total)
         return {
             "kind": "train",
             "step": p.step,
@@ -126,6 +130,7 @@ class Metrics(Callback):
             "seconds": {k: round(v, 6) for k, v in seconds.items()},
             **({"quarantined": p.quarantined} if p.quarantined else {}),
             **{f"extra.{name}": value for name, value in summary.extra.items()},
+            **({"band": band} if band else {}),
         }
 
     def scored(
@@ -182,9 +187,13 @@ class Metrics(Callback):
         flat = {k: v for k, v in row.items() if k not in ("step", "attempt", "tokens_hash")}
         for name in [name for name, value in row.items() if isinstance(value, dict)]:
             flat |= {f"{name}/{k}": v for k, v in flat.pop(name).items()}
-        numbers = {f"{prefix}/{k}": v for k, v in flat.items() if isinstance(v, int | float)}
+        self.track({f"{prefix}/{k}": v for k, v in flat.items()}, row["step"])
+
+    def track(self, values: Mapping[str, Any], step: int) -> None:
+        """Send those values that are numbers to the trackers."""
+        numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
         for tracker in self.trackers:
-            tracker.log(numbers, step=row["step"])
+            tracker.log(numbers, step=step)
 
     def close(self) -> None:
         """End the live line, and wait until the trackers have written everything."""

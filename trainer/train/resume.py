@@ -27,14 +27,15 @@ Report = Callable[..., None]
 class ResumePoint:
     """The state that the engine holds when an attempt begins.
 
-    checkpoint: where it was loaded from, None at the beginning of a run; guard: the guard's state
-    there; rolled_back_from: the anomalous step, if a rollback led here; history: the rows up to the
-    checkpoint, on rank 0, if it is one of the run itself.
+    checkpoint: where it was loaded from, None at the beginning of a run; guard, watch: the states
+    of the guard and of run/band.py there; rolled_back_from: the anomalous step, if a rollback led
+    here; history: the rows up to the checkpoint, on rank 0, if it is one of the run itself.
     """
 
     position: Position
     checkpoint: Checkpoint | None = None
     guard: dict[str, Any] | None = None
+    watch: dict[str, Any] | None = None
     rolled_back_from: int | None = None
     history: Prefix | None = None
 
@@ -75,7 +76,8 @@ def resume(
         return ResumePoint(Position(skipped=merged_intervals(skipped)), checkpoint)
     position = checkpoint.position
     position = replace(position, skipped=merged_intervals((*position.skipped, *skipped)))
-    return ResumePoint(position, checkpoint, checkpoint.state.get("guard"), history=history)
+    states = checkpoint.state.get("guard"), checkpoint.state.get("watch")
+    return ResumePoint(position, checkpoint, *states, history=history)
 
 
 def _history(
@@ -118,5 +120,6 @@ def roll_back(rollback: Rollback, run: Run, engine: Engine, report: Report) -> R
     writer.load(checkpoint, engine)
     skipped = merged_intervals((*rollback.position.skipped, *skips))
     position = replace(checkpoint.position, skipped=skipped)
-    guard, history = checkpoint.state.get("guard"), _history(run, checkpoint, report, engine)
-    return ResumePoint(position, checkpoint, guard, rollback.step, history)
+    states = checkpoint.state.get("guard"), checkpoint.state.get("watch")
+    history = _history(run, checkpoint, report, engine)
+    return ResumePoint(position, checkpoint, *states, rollback.step, history)

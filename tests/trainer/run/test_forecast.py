@@ -295,7 +295,7 @@ def test_two_ranks_compare_their_final_loss_once(dataset, tmp_path):
     arguments = (
         f"data.path={dataset}",
         "train.tokens=null",
-        "train.steps=12",
+        "train.steps=24",
         "launch.processes=2",
     )
     output = launching.train(tmp_path, "run.name=first", *arguments)
@@ -305,12 +305,18 @@ def test_two_ranks_compare_their_final_loss_once(dataset, tmp_path):
         count(trained_job.model).blocks_and_head,
         trained_job.total_steps * trained_job.tokens_per_step,
     )
-    write(tmp_path / "studies/tiny/forecasts", at(n, d))  # a loss of 2: far below
+    curve = {"shares": [0.1, 1.0], "above": [0.1, 0.0], "deviation": [0.01, 0.001], "runs": 3}
+    end = {"tokens": d, **NARROW, "curve": curve | {"schedule": "wsd", "decay": 0.2}}
+    facts = at(n, d) | {"points": [end]}
+    write(tmp_path / "studies/tiny/forecasts", facts)  # a loss of 2: far below
     output = launching.train(tmp_path, "run.name=second", *arguments, "forecast=tiny/1")
-    text = "Forecast 0001: loss 2.0000 expected at step 12 (90 % interval 1.9000 to 2.1000)."
+    text = "Forecast 0001: loss 2.0000 expected at step 24 (90 % interval 1.9000 to 2.1000)."
     assert output.count(text) == 1
     text = "Warning: the loss is outside the prediction interval of studies/tiny/forecasts/0001"
     assert output.count(text) == 1
     kinds = launching.events(tmp_path / "second")
-    assert [kind for kind in kinds if "forecast" in kind] == ["forecast_scored", "forecast_missed"]
+    kinds = [kind for kind in kinds if "forecast" in kind]
+    assert kinds == ["forecast_left", "forecast_scored", "forecast_missed"]
+    assert output.count("above its band since step 10, by the forecast.") == 1
+    assert launching.rows(tmp_path / "second")[-1]["band"]["center"] == 2.0
     assert launching.trajectory(tmp_path / "second") == launching.trajectory(tmp_path / "first")

@@ -92,6 +92,8 @@ class GuardConfig:
     replay: Duration | None = key(Duration(1000), kind="free", gt=0, wall_time=False)
     # what to do if bits differ that must be equal
     corruption: Literal["note", "rollback", "halt"] = key("halt", kind="free")
+    # if the loss leaves the band of its forecast for a while (forecast=)
+    forecast: Literal["note", "halt"] = key("note", kind="free")
 
     def problems(self) -> ProblemIterator:
         if self.warmup > self.window:

@@ -22,7 +22,7 @@ Array = NDArray[np.float64]
 X = ("step", "tokens", "flops", "time")  # the x axes
 _FIELDS = {"loss": "loss", "grad_norm": "grad_norm", "tokens_per_second": "tokens_per_second"}
 _FIELDS |= {"mfu": "mfu", "memory": "memory_bytes"}
-_RATE, _EXTRA = "learning_rate.", "extra."
+_RATE, _EXTRA, _BAND = "learning_rate.", "extra.", "band."
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,14 @@ class Line:
 @dataclass
 class Curves:
     """The curves of a run. lines: by name, such as "loss" or "learning_rate.muon"; scores: for each
-    held-out dataset its losses, bits per byte and abilities; dropped: losses of steps that a
+    held-out dataset its losses, bits per byte and abilities; band: that of the loss by its
+    forecast, if it has one; dropped: losses of steps that a
     rollback or restart discarded; broken: steps whose loss was not finite; per_point: steps of a
     point."""
 
     lines: dict[str, Line] = field(default_factory=dict)
     scores: dict[str, dict[str, Line]] = field(default_factory=dict)
+    band: Line | None = None
     dropped: list[Line] = field(default_factory=list)
     broken: list[int] = field(default_factory=list)
     per_point: int = 1
@@ -73,6 +75,7 @@ class _Columns:
         numbers |= {name: row.get(of) for name, of in _FIELDS.items()}
         numbers |= {_RATE + name: x for name, x in row.get("learning_rate", {}).items()}
         numbers |= {name: x for name, x in row.items() if name.startswith(_EXTRA)}
+        numbers |= {_BAND + name: x for name, x in row.get("band", {}).items()}
         for name, value in numbers.items():
             if name not in self._all:
                 self._all[name] = array("d", [np.nan]) * self.count
@@ -105,6 +108,9 @@ def read_curves(run: Run, most: int = 3000) -> Curves:
     for name, values in arrays.items():
         if name not in X and np.isfinite(values).any():
             curves.lines[name] = _thinned(curves.places, values, curves.per_point)
+    sides = [curves.lines.pop(_BAND + side, None) for side in ("center", "low", "high")]
+    if (center := sides[0]) and sides[1] and sides[2]:
+        curves.band = Line(center.x, center.y, sides[1].y, sides[2].y)
     curves.scores = _scores(scores, curves)
     curves.dropped = [*_dropped(run, curves, most)]
     return curves

@@ -128,6 +128,7 @@ def _run(run: RunCurves, colour: str, dash: str) -> dict[str, Any]:
             dataset: {key: {"x": _places(line.x), **_line(line)} for key, line in of.items()}
             for dataset, of in curves.scores.items()
         },
+        **({"band": _line(b)} if (b := curves.band) else {}),
         "dropped": [{"x": _places(line.x), **_line(line)} for line in curves.dropped],
         "broken": [_place(curves, step) for step in curves.broken[:_MOST_EVENTS]],
         "events": [

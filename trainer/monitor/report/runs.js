@@ -52,6 +52,8 @@ function seriesOf(panel) {
       });
       return;
     }
+    if (panel.events && run.band) series.push({...common, ...run.band, x: run.x, colour: "#808890",
+      label: `${run.label}, center of its band`, pattern: "5 3", thin: true, aside: true});
     panel.lines.filter(name => run.lines[name]).forEach((name, n) => {
       const line = run.lines[name], part = name.split(".").slice(1).join(".");
       series.push({...common, ...line, x: run.x, key: `${i} ${name}`, smooth: panel.smooth,

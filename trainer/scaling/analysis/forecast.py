@@ -2,9 +2,11 @@
 
     studies/<name>/forecasts/
       0001.json            a forecast: target, predicted loss and intervals, those of each branch of
-                           the target, predictions of simpler methods, the metric of a task, fit,
-                           hashes, time; run/forecast.py reads it
-      0001.outcome.json    the observed loss; `score` writes it, and leaves the forecast unchanged
+                           the target, the curve of the training loss up to each, predictions of
+                           simpler methods, the metric of a task, fit, hashes, time;
+                           run/forecast.py reads it
+      0001.outcome.json    the observed loss, and the forecasts of it that the run made at its
+                           checkpoints; `score` writes it, and leaves the forecast unchanged
 
 Invariant: a forecast is written once, before its target has a record, and holds the hash of the
 forecast before it, so that any change, removal or insertion breaks the chain and `read_forecasts`
@@ -14,8 +16,9 @@ names the place. A forecast whose target has no record counts as abandoned; a sc
 import hashlib
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +27,14 @@ import pandas as pd
 
 from forescale.ground.errors import UserError
 from forescale.ground.storage import write_json
+from forescale.run.directory import Run
 from forescale.run.forecast import GENESIS, SAME, Forecast, hash_of, read_forecasts
+from forescale.run.rows import read_rows
 from forescale.scaling.analysis.table_fit import Prediction, StudyFit
 from forescale.scaling.analysis.task_fit import TaskFit
 from forescale.scaling.config import TargetPoint
-from forescale.scaling.fitting.points import COLUMNS, Points, spent
+from forescale.scaling.fitting.points import COLUMNS, Array, Points, spent
+from forescale.scaling.forecasting.curve import Curve, shape_of, smoothed
 from forescale.scaling.forecasting.predictor import LAST, simple_losses
 
 __all__ = ["GENESIS", "Forecast", "hash_of", "read_forecasts"]
@@ -61,7 +67,7 @@ def write_forecast(
         "level": law.job.level,
         "points": [
             {"tokens": p.tokens, "loss": p.loss, "interval_50": list(p.inner),
-             "interval": list(p.outer)}
+             "interval": list(p.outer), **curve_facts(law, p.parameters, p.tokens)}
             for p in points if math.isfinite(p.tokens)
         ],
         "rivals": rivals(law.points, factor)
@@ -118,6 +124,37 @@ def _refuse_known(law: StudyFit, run: str, n: float, d: float) -> None:
         raise UserError("target", problem, "choose an N or D that no run has")
 
 
+def curve_facts(law: StudyFit, parameters: float, tokens: float) -> dict[str, Any]:
+    """Return {"curve": FACTS}: the training loss above the predicted end, at shares of the steps,
+    from the curves of the law's runs; {} if fewer than three of one schedule have theirs. Runs of a
+    table have none."""
+    size, known = f"parameters_{law.job.size}", {"folder", "schedule", "steps"}
+    if not known <= set(law.table) or size not in law.table:
+        return {}
+    schedules = law.table["schedule"].mode()
+    rows = law.table[law.table["schedule"].isin(schedules[:1])].to_dict("records")
+    shape = shape_of([_curve(row, row[size]) for row in rows], parameters, tokens)
+    if shape is None:
+        return {}
+    numbers = {k: v.round(6).tolist() for k, v in asdict(shape).items() if k != "runs"}
+    decays = [float(row["decay_steps"] or 0) / row["steps"] for row in rows]
+    facts = {"runs": shape.runs, "schedule": schedules[0], "decay": float(np.median(decays))}
+    return {"curve": numbers | facts}
+
+
+def _curve(row: Mapping[str, Any], size: float) -> Curve:
+    above = _above(row["folder"], row["steps"], row["loss"])
+    return Curve(size, row["tokens"], above, float(row["warmup_steps"] or 0) / row["steps"])
+
+
+@lru_cache(maxsize=1024)
+def _above(folder: str, steps: int, loss: float) -> Array:
+    """Return the curve of a finished run, whose rows no longer change."""
+    rows = [r for r in read_rows(Run(Path(folder)).metrics, kind="train") if "loss" in r]
+    shares = np.array([row["step"] / steps for row in rows])
+    return smoothed(shares, np.array([row["loss"] for row in rows]), loss)
+
+
 def data_hash(points: Points) -> str:
     """Return the SHA-256 of everything that the fit read."""
     digest = hashlib.sha256(str(points.convention).encode())
@@ -158,7 +195,8 @@ class Score:
     losses inside the interval and the 50 % interval; interval_score: mean, in loss, at the
     forecasts' level, lower is better (Gneiting and Raftery 2007, eq. 43); skill: by rival, 1 - mean
     absolute error over the rival's, on the forecasts that both have; abandoned: forecasts whose
-    target has no record.
+    target has no record; anew: of each forecast that a run made of its own end, the share of the
+    steps, the log of predicted over observed loss, and 1 if that is inside the interval.
     """
 
     errors: dict[str, float]
@@ -167,22 +205,30 @@ class Score:
     interval_score: float
     skill: dict[str, float]
     abandoned: list[str]
+    anew: list[tuple[float, float, int]] = field(default_factory=list)
 
 
 def score(forecasts: Sequence[Forecast], table: pd.DataFrame) -> Score:
     """Record the outcomes that are in `table`, and score all forecasts that have an outcome."""
-    losses = dict(zip(table["name"], table["loss"], strict=True)) if "name" in table else {}
+    rows = {row["name"]: row for row in table.to_dict("records")} if "name" in table else {}
     for forecast in forecasts:
         run = forecast.facts["target"]["run"]
-        if run in losses:
-            forecast.record_outcome(run, float(losses[run]))
+        if (row := rows.get(run)) is not None and forecast.outcome is None:
+            folder = row.get("folder")
+            runs = [Run(Path(folder))] if isinstance(folder, str) else []  # a table has none
+            events = [event for r in runs for event in r.read_events(kind="forecast_anew")]
+            forecast.record_outcome(run, float(row["loss"]), events)
     marks, pairs = list[float](), dict[str, list[tuple[float, float]]]()
     errors, inside, inside_50 = dict[str, float](), 0, 0
+    anew = list[tuple[float, float, int]]()
     for forecast in forecasts:
         if (outcome := forecast.outcome) is None or not 0 < outcome["loss"] < math.inf:
             continue
         f, loss = forecast.facts, outcome["loss"]
         errors[forecast.id] = math.log(f["loss"] / loss)
+        for end in outcome.get("anew", []):
+            is_inside = int(end["low"] <= loss <= end["high"])
+            anew.append((end["share"], math.log(end["loss"] / loss), is_inside))
         low, high = f["interval"]
         miss = max(low - loss, loss - high, 0.0)
         marks.append(high - low + 2 / (1 - f["level"]) * miss)
@@ -198,7 +244,7 @@ def score(forecasts: Sequence[Forecast], table: pd.DataFrame) -> Score:
         skill[name] = 1 - error / of_rival if of_rival else 0.0
     return Score(
         errors, inside, inside_50, float(np.mean(marks)) if marks else math.nan, skill,
-        [forecast.id for forecast in forecasts if forecast.outcome is None],
+        [forecast.id for forecast in forecasts if forecast.outcome is None], anew,
     )  # fmt: skip
 
 

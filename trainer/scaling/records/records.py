@@ -88,6 +88,7 @@ def record(run: Run) -> dict[str, Any] | Refused:
     init_seed = job.train.init_seed
     return {
         "name": run.name,
+        "folder": str(run.path),
         **{f"parameters_{n}": getattr(sizes, n) for n in SIZES},
         "flops_causal": last["tokens"] * _flops(job, last["step"], causal=True),
         "flops_full": last["tokens"] * _flops(job, last["step"], causal=False),
