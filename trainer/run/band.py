@@ -174,6 +174,7 @@ class Watch:
         """Return by how much the newest losses are outside of the band, by the forecast or by the
         earlier losses, whichever tells it more clearly; 0 if they are inside."""
         end, noise = self.band.end_deviation, self._noise()
+        rough = (self.band.deviation[-1] / 2) ** 2  # the curve's own noise, which is no walk
         ends, count = self.state["ends"], len(self.state["means"])
         tests = list[tuple[float, float, float, int | None]]()
         for size in (size for size in _SIZES if size <= count):
@@ -185,7 +186,7 @@ class Watch:
                     continue  # it was outside itself
                 before, wider = self._mean(i, size)
                 walk = max(0.0, wider**2 - shape**2)
-                deviation = math.sqrt(walk + 2 * error)
+                deviation = math.sqrt(walk + 2 * (error + rough))
                 tests.append((newest - before, deviation, _CHANGE, ends[i - 1]))
         x, deviation, most, reference = max(tests, key=lambda t: abs(t[0]) / t[1] / t[2])
         beyond = max(0.0, abs(x) - most * deviation)

@@ -43,7 +43,7 @@ def test_healthy_runs_give_no_alarm():
         assert alarms(losses(seed, end=2.0 * (1 + 0.003 * (seed % 5 - 2))))[1] == []
 
 
-@pytest.mark.parametrize("size", [0.03, -0.03])
+@pytest.mark.parametrize("size", [0.04, -0.04])
 def test_a_loss_that_leaves_its_course_is_told_once_and_so_is_its_return(size):
     _, alarmed = alarms(losses(change=lambda share: size if 0.5 < share < 0.7 else 0.0))
     (at, left), (later, back) = alarmed[:2]
@@ -64,7 +64,7 @@ def test_a_run_far_from_its_forecast_is_told_from_the_start():
 
 
 def test_a_run_that_resumes_concludes_as_one_that_was_never_stopped():
-    steps = list(losses(change=lambda share: 0.03 * (share > 0.5)))
+    steps = list(losses(change=lambda share: 0.04 * (share > 0.5)))
     watch, alarmed = alarms(steps)
     before, first = alarms(steps[:517])
     after, second = alarms(steps[517:], before.copy())

@@ -143,12 +143,12 @@ def curve_facts(law: StudyFit, parameters: float, tokens: float) -> dict[str, An
 
 
 def _curve(row: Mapping[str, Any], size: float) -> Curve:
-    above = _above(row["folder"], row["steps"], row["loss"])
-    return Curve(size, row["tokens"], above, float(row["warmup_steps"] or 0) / row["steps"])
+    curve = _smoothed(row["folder"], row["steps"], row["loss"])
+    return Curve(size, row["tokens"], *curve, float(row["warmup_steps"] or 0) / row["steps"])
 
 
 @lru_cache(maxsize=1024)
-def _above(folder: str, steps: int, loss: float) -> Array:
+def _smoothed(folder: str, steps: int, loss: float) -> tuple[Array, Array]:
     """Return the curve of a finished run, whose rows no longer change."""
     rows = [r for r in read_rows(Run(Path(folder)).metrics, kind="train") if "loss" in r]
     shares = np.array([row["step"] / steps for row in rows])

@@ -7,9 +7,9 @@
 At each share of the steps, the log loss above that of the last steps is a power law of N and D
 (shifted, so that noise near the end is no power), fitted to the runs near the target. How far the
 training loss at the end is above the held-out one is a mean. The deviation is that of forecasts of
-each run from the cheaper ones.
+each run from the cheaper ones, or from the others where fewer than three are cheaper.
 
-Invariant: a forecast of a run reads cheaper runs alone, its deviation too. Pure: reads no files.
+Invariant: finished runs alone are read, and a run's own curve never for its forecast. Pure.
 """
 
 from collections.abc import Sequence
@@ -34,12 +34,13 @@ _STUDENT = 1.15  # deviations of so few forecasts are too small
 
 @dataclass(frozen=True)
 class Curve:
-    """The curve of a finished run, at SHARES: NaN where it has no steps. warmup: share of its
-    steps."""
+    """The curve of a finished run, at SHARES: NaN where it has no steps. error: the standard error
+    of `above`, by the noise of the steps; warmup: share of its steps."""
 
     parameters: float
     tokens: float
     above: Array
+    error: Array
     warmup: float = 0.0
 
     @property
@@ -62,18 +63,23 @@ class Shape:
     runs: int
 
 
-def smoothed(shares: Array, losses: Array, end: float) -> Array:
-    """Return the log loss above log `end` at SHARES, by a line through the steps around each; NaN
-    where there are fewer than three. shares: of the steps, rising."""
+def smoothed(shares: Array, losses: Array, end: float) -> tuple[Array, Array]:
+    """Return the log loss above log `end` at SHARES, by a line through the steps around each, and
+    its standard error; NaN where there are fewer than four. shares: of the steps, rising."""
     known = np.isfinite(losses) & (losses > 0)
     reach = max(_REACH, _STEPS / max(1, len(shares)))
     x, y = shares[known], np.log(losses[known] / end)
-    above = np.full(len(SHARES), np.nan)
+    above, error = np.full((2, len(SHARES)), np.nan)
     for i, share in enumerate(SHARES):
         near = np.abs(x - share) <= reach
-        if near.sum() >= 3:
-            above[i] = np.polyval(np.polyfit(x[near] - share, y[near], 1), 0.0)
-    return above
+        if (count := near.sum()) >= 4:
+            at, values = x[near] - x[near].mean(), y[near]
+            square, off = at @ at, share - x[near].mean()
+            slope = at @ values / square
+            rest = values - values.mean() - slope * at
+            above[i] = values.mean() + slope * off
+            error[i] = np.sqrt(rest @ rest / (count - 2) * (1 / count + off**2 / square))
+    return above, error
 
 
 def shape_of(curves: Sequence[Curve], parameters: float, tokens: float) -> Shape | None:
@@ -85,15 +91,16 @@ def shape_of(curves: Sequence[Curve], parameters: float, tokens: float) -> Shape
         return None
     place = np.log([parameters, tokens])
     above = _predicted(whole, place)
-    errors = []
+    squares = np.zeros(len(SHARES))
     for one in whole:
         cheaper = [c for c in whole if c.cost < one.cost * 0.99]
-        if len(cheaper) >= _LEAST:
-            errors.append(_predicted(cheaper, one.place) - one.above)
-    squares = np.square(errors).sum(0) if errors else np.zeros(len(SHARES))
+        others = cheaper if len(cheaper) >= _LEAST else [c for c in whole if c is not one]
+        # The noise of its steps is none of the prediction: a run knows its own.
+        squares += np.square(_predicted(others, one.place) - one.above) - one.error**2
     part, least = _PRIOR
     prior = np.square(part * np.maximum(0.0, above - above[-1])) + least**2
-    deviation = _STUDENT * np.sqrt((_COUNT * prior + squares) / (_COUNT + len(errors)))
+    variance = (_COUNT * prior + np.maximum(0.0, squares)) / (_COUNT + len(whole))
+    deviation = _STUDENT * np.sqrt(np.maximum(variance, least**2))
     valid = first <= SHARES
     # A random walk backwards from the end: never narrower at an earlier step.
     falling = np.maximum.accumulate(deviation[valid][::-1])[::-1]

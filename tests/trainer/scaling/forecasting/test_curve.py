@@ -19,7 +19,7 @@ def curve(n, d, noise=0.0, seed=0, steps=STEPS, first=1, offset=1.0):
     end = float(loss_of(n, d, np.ones(1))[0])
     rng = np.random.default_rng(seed)
     losses = offset * loss_of(n, d, shares) * np.exp(noise * rng.standard_normal(len(shares)))
-    return Curve(n, d, smoothed(shares, losses, end), warmup=0.01)
+    return Curve(n, d, *smoothed(shares, losses, end), warmup=0.01)
 
 
 SIZES = [(n, r * n) for n in (1e5, 2e5, 4e5, 8e5) for r in (10, 30)]
@@ -49,7 +49,7 @@ def test_two_runs_or_runs_without_their_first_steps_determine_no_curve():
 def test_the_deviation_grows_with_the_errors_of_earlier_forecasts():
     even = [curve(n, d) for n, d in SIZES]
     uneven = [
-        Curve(c.parameters, c.tokens, c.above + 0.1 * (-1) ** i * (1 - SHARES))
+        Curve(c.parameters, c.tokens, c.above + 0.1 * (-1) ** i * (1 - SHARES), c.error)
         for i, c in enumerate(even)
     ]
     assert shape_of(uneven, 3e6, 6e7).deviation[0] > 3 * shape_of(even, 3e6, 6e7).deviation[0]
