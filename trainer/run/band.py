@@ -138,8 +138,10 @@ class Watch:
         if len(self.state["means"]) < _LEAST:
             return None
         band, prior = self.band, self.band.end_deviation
-        above, shape = self._mean(len(self.state["means"]), _SIZES[0])
-        variance = shape**2 + self._noise() ** 2 / _SIZES[0]
+        count, noise = len(self.state["means"]), self._noise()
+        means = ((*self._mean(count, size), size) for size in _SIZES if size <= count)
+        parts = ((above, shape**2 + noise**2 / size) for above, shape, size in means)
+        above, variance = min(parts, key=lambda part: part[1])
         part = prior**2 / (prior**2 + variance)
         deviation, center = math.sqrt(part * variance), math.log(band.loss) + part * above
         low, loss, high = (math.exp(center + side * band.width * deviation) for side in (-1, 0, 1))

@@ -46,6 +46,21 @@ def test_the_page_of_a_run_has_its_rows_its_state_and_its_config(own_run, foresc
     assert "sequence_length: 32" in html
 
 
+def test_the_band_of_a_forecast_is_drawn_beneath_the_loss(own_run, forescale):
+    band = {"low": 1.0, "center": 2.0, "high": 3.0}
+    change_rows(
+        own_run.metrics,
+        lambda rows: [
+            r | {"band": band} if r["kind"] == "train" and r["step"] > 3 else r for r in rows
+        ],
+    )
+    assert forescale("report", "small")[0] == 0
+    (run,) = data_of((own_run.path.parent.parent / "report-small.html").read_text())["runs"]
+    none = [None] * 3
+    assert run["band"] == {"y": none + [2] * 5, "low": none + [1] * 5, "high": none + [3] * 5}
+    assert not [name for name in run["lines"] if "band" in name]
+
+
 def test_abilities_have_a_section_with_a_chart_for_each_number(own_run, forescale):
     measured = {"ability/copy/4": 0.25, "ability/copy/4_stderr": 0.04, "ability/copy/4_nats": 3.5}
     measured["ability/copy/4_nats_stderr"] = 0.2

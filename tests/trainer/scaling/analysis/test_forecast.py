@@ -10,10 +10,18 @@ import pytest
 
 from forescale.config.compose import compose
 from forescale.ground.errors import UserError
-from forescale.scaling.analysis.forecast import GENESIS, read_forecasts, score, write_forecast
+from forescale.run.directory import Run
+from forescale.scaling.analysis.forecast import (
+    GENESIS,
+    curve_facts,
+    read_forecasts,
+    score,
+    write_forecast,
+)
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import CHINCHILLA
+from forescale.scaling.report.study_sections import forecast_section
 from tests.trainer.scaling.iso_flop_runs import TRUTH, iso_flop_table
 
 BUDGETS = (1e18, 1e19, 1e20, 1e21)
@@ -170,3 +178,51 @@ def test_the_interval_resamples_trunks_if_the_job_asks_for_clusters():
     pairs, clusters = (np.log(one.predict().outer) for one in both)
     assert both[1].calibrated.replicates is both[1].replicates
     assert not np.allclose(pairs, clusters)
+
+
+@pytest.fixture
+def finished_runs(tmp_path):
+    """A table of runs of ours with their rows: 16 sizes and lengths, of a law with a decay."""
+    rows = table(noise=0.0).to_dict("records")
+    for row in rows:
+        attempt = Run(tmp_path / "runs" / row["name"]).new_attempt()
+        for step in range(1, 101):
+            loss = row["loss"] + 0.5 * (1 - step / 100)
+            attempt.metrics.add({"kind": "train", "step": step, "loss": loss})
+        Run(tmp_path / "runs" / row["name"]).metrics.symlink_to(attempt.metrics.path)
+        row |= {"folder": str(tmp_path / "runs" / row["name"]), "steps": 100, "schedule": "wsd"}
+        row |= {
+            "decay_steps": 20,
+            "warmup_steps": 2,
+            "parameters_blocks_and_head": row["parameters"],
+        }
+    return pd.DataFrame(rows)
+
+
+def test_a_forecast_of_runs_with_rows_has_their_curve(finished_runs, tmp_path):
+    law = study(rows=finished_runs)
+    facts = write_forecast(law, tmp_path / "f", "big", TargetPoint(flops=3e21)).facts
+    curve = facts["points"][0]["curve"]
+    assert (curve["schedule"], curve["decay"], curve["runs"]) == ("wsd", 0.2, 20)
+    assert curve["above"][0] == pytest.approx(np.log(1 + 0.45 / facts["loss"]), rel=0.1)
+    assert abs(curve["above"][-1]) < 0.003
+    other = finished_runs.assign(schedule=["wsd"] * 2 + ["cosine"] * 18)
+    assert curve_facts(study(rows=other), 1e10, 1e11)["curve"]["runs"] == 18
+    assert curve_facts(study(rows=finished_runs.drop(columns="folder")), 1e10, 1e11) == {}
+
+
+def test_a_score_counts_the_forecasts_that_a_run_made_of_its_own_end(folder, tmp_path):
+    forecast = read_forecasts(folder)[0]
+    attempt = Run(tmp_path / "big").new_attempt()
+    event = {"above": 0.0, "inside": 0.9, "level": 0.9, "hash": forecast.facts["hash"]}
+    ends = {"loss": 2.02, "low": 1.9, "high": 2.1}
+    attempt.event("forecast_anew", step=5, share=0.5, **event, **ends | {"loss": 9.0})  # repeated
+    attempt.event("forecast_anew", step=5, share=0.5, **event, **ends)
+    attempt.event("forecast_anew", step=9, share=0.9, **event, **ends | {"high": 1.95})
+    attempt.event("forecast_anew", step=9, share=0.9, **{**event, "hash": "of another"}, **ends)
+    observed = pd.DataFrame([{"name": "big", "loss": 2.0, "folder": str(tmp_path / "big")}])
+    scored = score(read_forecasts(folder), observed)
+    assert scored.anew == [(0.5, math.log(1.01), 1), (0.9, math.log(1.01), 0)]
+    text = "".join(map(str, forecast_section(read_forecasts(folder), scored).after))
+    assert "At 2 checkpoints the runs forecast their own ends anew" in text
+    assert "1 inside their 90% interval" in text
