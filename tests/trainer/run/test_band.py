@@ -75,16 +75,16 @@ def test_a_run_that_resumes_concludes_as_one_that_was_never_stopped():
 def test_the_end_is_forecast_anew_and_the_interval_narrows():
     watch = Watch(BAND, STEPS)
     assert watch.anew() is None
-    widths, alarmed = [], []
+    widths, ends = [], []
     for step, loss in losses(end=2.03):
         watch.see(step, loss)
         if step in (300, 600, 900):
             anew = watch.anew()
             widths.append(anew.high - anew.low)
-            alarmed.append(anew.loss)
+            ends.append(anew.loss)
     assert widths[0] > widths[1] > widths[2]
-    assert alarmed[2] == pytest.approx(2.03, rel=0.004)
-    assert 0.5 < anew.inside < 0.95
+    assert ends[2] == pytest.approx(2.03, rel=0.004)
+    assert 0.9 < anew.inside < 0.999
     facts = {"step": 900, "level": 0.9, **vars(anew)}
     assert "above the forecast's center, inside its band; the end is forecast anew as 2.0" in (
         anew_text(facts, has_left=False)

@@ -293,9 +293,9 @@ def test_status_shows_the_forecast_of_a_run_that_goes_on(forecast_run, forescale
 def test_status_shows_the_band_and_the_end_that_the_run_forecasts_anew(forecast_run, forescale):
     change_rows(forecast_run.run.metrics, lambda rows: [*rows[:6], rows[-1] | {"step": 4}])
     attempt = forecast_run.run.attempts()[-1]
-    made = {"above": 0.003, "loss": 2.913, "low": 2.88, "high": 2.95, "inside": 0.84, "level": 0.9}
-    attempt.event("forecast_anew", step=4, **made)
-    attempt.event("forecast_anew", step=7, **made | {"loss": 2.5})  # a step that was not kept
+    end = {"above": 0.003, "loss": 2.913, "low": 2.88, "high": 2.95, "inside": 0.84, "level": 0.9}
+    attempt.event("forecast_anew", step=4, **end)
+    attempt.event("forecast_anew", step=7, **end | {"loss": 2.5})  # a step that was not kept
     out = forescale.prints("status", "small")
     assert "At step 4 0.3% above the forecast's center, inside its band; the end is" in out
     assert "anew as 2.9130 (90 %: 2.8800 to 2.9500), 84% inside the preregistered interval." in out
@@ -304,7 +304,7 @@ def test_status_shows_the_band_and_the_end_that_the_run_forecasts_anew(forecast_
     assert "outside its band" in out
     assert "The loss is 0.8% above its band since step 5, by the forecast." in out
     facts = json.loads(forescale.prints("status", "small", "--json"))["forecast"]
-    assert facts == {"step": 4, **made, "left": 5}
+    assert facts == {"step": 4, **end, "left": 5}
     attempt.event("forecast_back", step=6, since=5, beyond=0.0, reference=None)
     assert "inside its band" in forescale.prints("status", "small")
 
