@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-import numpy as np
 import pandas as pd
 
 from forescale.ground.errors import UserError
@@ -27,7 +26,7 @@ from forescale.scaling.analysis.mixture_fit import MixtureFit
 from forescale.scaling.analysis.multipliers import Multipliers
 from forescale.scaling.analysis.prediction import run_of
 from forescale.scaling.analysis.selection import law_of
-from forescale.scaling.config import StudyJob, TargetPoint
+from forescale.scaling.config import TargetPoint
 from forescale.scaling.design.cells import Cell, make_cell
 from forescale.scaling.design.kinds import fresh_cells, highest_seeds, recipe_stage
 from forescale.scaling.design.mixtures import check_cells
@@ -38,9 +37,10 @@ from forescale.scaling.design.recipes import BASE, BestRates
 from forescale.scaling.design.shapes import Rule
 from forescale.scaling.design.simulate import RunSet, expected
 from forescale.scaling.design.tuning import best_rates, rate_batch_response, updated_rule
-from forescale.scaling.fitting.isoflop import Vertex, vertex
+from forescale.scaling.doubts.gain import gain_doubts
 from forescale.scaling.study.contradiction import ask_if_contradicted
 from forescale.scaling.study.directory import TARGET, Study
+from forescale.scaling.study.sizes import optimum, say_if_no_vertex
 
 Log = Callable[[str], None]
 
@@ -203,6 +203,7 @@ def _is_law_due(study: Study, stage: StudyStage) -> bool:
 def _centre(study: Study, stage: StudyStage, log: Log) -> None:
     """Make a draft stage exact by the results so far; write the forecasts of its runs first."""
     table = study.table()
+    say_if_no_vertex(table, study.job, log)
     best = optimum(table, study.job)
     plan = study.plan.centre_next_stage(best, rule_of(study.plan))
     if study.job.target.is_given and not any(e["kind"] == "noise_measured" for e in study.events):
@@ -291,6 +292,9 @@ def forecast_cells(study: Study, table: pd.DataFrame, cells: Sequence[Cell], log
         study.event("forecast_refused", why=str(e), runs=[c.name for c in cells])
         log(f"No forecasts: {e}")
         return
+    named = law.table["budget"].to_numpy(dtype=float) if "budget" in law.table else None
+    for doubt in gain_doubts(law.all_points, named, law.fit):
+        log(f"Warning: {doubt}")
     count = 0
     for c in cells:
         flops = c.flops[study.plan.common.cost]
@@ -334,25 +338,6 @@ def add_target(study: Study, log: Log) -> None:
     study.revise(study.plan.with_stage(stage), "target_added", stage=number, cell=cell.name)
 
 
-def optimum(table: pd.DataFrame, job: StudyJob) -> Callable[[float], float]:
-    """Return N*(C), a power law through the vertices of the budgets' parabolas. Its exponent is
-    fitted once there are two budgets. Without a valid parabola, the best run of the budget
-    counts."""
-    fitted = table[table["fitted"]]
-    best = dict[float, float]()
-    for budget, rows in fitted.groupby("budget"):
-        n, d = (np.log(rows[c].to_numpy(dtype=float)) for c in (f"parameters_{job.size}", "tokens"))
-        losses, spent = rows["loss"].to_numpy(), rows[f"flops_{job.cost}"].to_numpy()
-        at, lowest = vertex(float(budget), n, d, losses, spent), float(np.exp(n[np.argmin(losses)]))
-        best[float(budget)] = at.parameters if isinstance(at, Vertex) else lowest
-    c, n = np.log(list(best)), np.log(list(best.values()))
-    slope = _SLOPE
-    if len(best) > 1:
-        slope = float(np.clip(np.polyfit(c, n, 1)[0], *_SLOPES))
-    level = float(np.mean(n - slope * c))
-    return lambda flops: float(np.exp(level + slope * math.log(flops)))
-
-
 def rule_of(plan: StudyPlan) -> Rule:
     """Return the rule for batch and learning rate, fitted to all sweeps that have ended."""
     rates = list[tuple[float, float, float]]()
@@ -371,5 +356,4 @@ _KINDS = {
 }
 
 
-_SLOPE, _SLOPES = 0.5, (0.3, 0.7)  # exponent of N*(C): before two budgets give one; its limits
 _BUDGETS = 2  # fewer budgets determine no law
