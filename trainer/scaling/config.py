@@ -20,7 +20,7 @@ class TargetPoint:
 
     parameters: float | None = key(None, gt=0, common=True)  # N, parameters of the target run
     tokens: float | None = key(None, gt=0, common=True)  # D, training tokens of the target run
-    # C, FLOPs of the target run; given alone, the law chooses the best N and D
+    # C, FLOPs of the target run; given alone, the best N and D are chosen
     flops: float | None = key(None, gt=0, common=True)
     # form=experts: experts of a layer over those that a token uses; 1: a dense model
     expansion: float | None = key(None, ge=1)
@@ -30,7 +30,10 @@ class TargetPoint:
     branches: list[float] = key([])
     # name that the target run will have; its loss scores the forecast
     run: str | None = key(None, common=True)
-    far: bool = False  # predict beyond 30 times the compute of the largest run too
+    # with target.flops: tokens that the model will serve; target.flops pays for them too
+    served: float = key(0.0, ge=0)
+    most_parameters: float | None = key(None, gt=0)  # with target.flops: the largest N that fits
+    far: bool = False  # predict beyond 40 times the compute of the largest run too
 
     @property
     def is_given(self) -> bool:

@@ -18,7 +18,10 @@ LAW = (
     "form", "method", "size", "cost", "delta", "residual", "drop_largest", "near",
     "bootstraps", "resample", "level", "seed",
 )  # fmt: skip
-TARGET = ("target.parameters", "target.tokens", "target.flops", "target.far")
+TARGET = (
+    "target.parameters", "target.tokens", "target.flops", "target.served",
+    "target.most_parameters", "target.far",
+)  # fmt: skip
 TARGET_OF_LAW = (*TARGET, "target.expansion")
 LINK = ("metric", "link", "chance")
 TASK = ("task", *LINK)

@@ -8,6 +8,10 @@ N* is the geometric mean of those that the runs give. Judged by the parabolas of
 nine public tables, the mean is nearer than the best of the three at every distance: 10 to 40 times
 beyond, it errs by 0.26 of log N, and they by 0.28 to 0.33. D* is C / (per N*).
 
+A model that serves T tokens spends C = per N (D + T / 3), since a forward pass is a third of a
+training step (Sardana et al. 2024, arXiv 2401.00448): its best N is smaller, by the ratio that the
+law gives. A largest N bounds it.
+
 Invariant: runs without parabolas or shape have the law's N*, with its resampled interval.
 """
 
@@ -17,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import stdtrit
 
+from forescale.ground.errors import UserError
 from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.isoflop import IsoFlop
 from forescale.scaling.fitting.points import Array, spent
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
 # 50 % ones 49 to 56 %.
 NEAR, PER_DECADE, POWER, APART = 0.08, 0.18, 0.8, 0.5
 _FREEDOM = 4  # of Student's t
+_LEAST, _GRID = 1e-3, 1001  # sizes that serve: from this share of N*, so many
 
 Interval = tuple[float, float]
 
@@ -43,8 +49,44 @@ class Optimum:
     parts: dict[str, float]
 
 
-def optimum(study: "StudyFit", flops: float, level: float) -> Optimum:
-    """Return N* and D* of `flops`, for a law of N and D without further columns."""
+def optimum(
+    study: "StudyFit", flops: float, level: float, served: float = 0.0, most: float | None = None
+) -> Optimum:
+    """Return the best N and D of `flops`, for a law of N and D without further columns. served:
+    tokens that the model will serve; most: the largest N. Raises UserError if serving them takes
+    all of `flops`."""
+    best = _trained(study, flops, level)
+    if not served and most is None:
+        return best
+    per, n = study.points.per_token, best.parameters
+    if served:
+        n *= _served_ratio(study, flops, served)
+    n = n if most is None else min(n, most)
+    left = flops / (per * n) - served / 3
+    if left <= 0:
+        problem = f"pays for serving {served / 3:.3g} of {flops / (per * n):.3g} tokens' worth"
+        raise UserError("target.flops", problem, "give more FLOPs, or a smaller target.served")
+    (low, high), _ = best.sizes
+    ends = tuple(min(x * n / best.parameters, most or np.inf) for x in (low, high))
+    tokens = tuple(max(0.0, flops / (per * x) - served / 3) for x in reversed(ends))
+    return Optimum(n, left, (ends, tokens), best.parts)
+
+
+def _served_ratio(study: "StudyFit", flops: float, served: float) -> float:
+    """Return by what the law's best N changes if `flops` pays for served tokens too."""
+    per = study.points.per_token
+    start = float(laws.compute_optimal(study.form, study.fit.vector, flops, per)[0][0])
+    n = start * np.geomspace(_LEAST, 1, _GRID)
+    d = flops / (per * n) - served / 3
+    if not (d > 0).any():
+        problem = f"doesn't pay for serving {served:.3g} tokens, not even of a small model"
+        raise UserError("target.flops", problem, "give more FLOPs, or a smaller target.served")
+    loss = study.fit.predict(parameters=n[d > 0], tokens=d[d > 0])
+    return float(n[d > 0][loss.argmin()] / start)
+
+
+def _trained(study: "StudyFit", flops: float, level: float) -> Optimum:
+    """Return N* and D* if all of `flops` is spent on training."""
     per = study.points.per_token
     law = laws.compute_optimal(study.form, study.fit.vector, flops, per)
     parts = {"law": float(law[0][0])}

@@ -128,7 +128,7 @@ def predict(study: "StudyFit", target: TargetPoint) -> Prediction | None:
 
     level, best = study.job.level, None
     if not target.parameters and not target.tokens and study.form.columns == _OF_SIZE:
-        best = optimum(study, c, level)
+        best = optimum(study, target.flops or c, level, target.served, target.most_parameters)
     one = predicted(study, {k: np.array([v]) for k, v in columns.items()}, np.array([c]))
     inner, outer = (tuple(one.interval(each).ravel().tolist()) for each in (0.5, level))
     forecaster = study.forecaster
@@ -162,6 +162,9 @@ def run_of(study: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, 
     """
     n, d, c = t.parameters, t.tokens, t.flops
     form, per = study.form, study.points.per_token
+    if (t.served or t.most_parameters) and (n or d or not c or form.columns != _OF_SIZE):
+        key = "target.served" if t.served else "target.most_parameters"
+        raise UserError(key, "chooses N and D of a compute", "write target.flops= alone beside it")
     held = {"expansion": t.expansion} if "expansion" in form.columns else {}
     if held and t.expansion is None:
         problem = f"has no expansion, which the law {form.name} reads"
@@ -177,8 +180,9 @@ def run_of(study: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, 
             todo = "write target.parameters= and target.tokens= instead"
             raise UserError("target.flops", problem, todo)
         if form.columns == _OF_SIZE:
-            best = optimum(study, c, study.job.level)
+            best = optimum(study, c, study.job.level, t.served, t.most_parameters)
             n, d = best.parameters, best.tokens
+            c = per * n * d  # what is spent on training
         else:
             of_law = laws.compute_optimal(form, study.fit.vector, c, per, **held)
             n, d = float(of_law[0][0]), float(of_law[1][0])
