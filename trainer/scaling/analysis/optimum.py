@@ -66,10 +66,10 @@ def optimum(
     if left <= 0:
         problem = f"pays for serving {served / 3:.3g} of {flops / (per * n):.3g} tokens' worth"
         raise UserError("target.flops", problem, "give more FLOPs, or a smaller target.served")
-    (low, high), _ = best.sizes
-    ends = tuple(min(x * n / best.parameters, most or np.inf) for x in (low, high))
-    tokens = tuple(max(0.0, flops / (per * x) - served / 3) for x in reversed(ends))
-    return Optimum(n, left, (ends, tokens), best.parts)
+    ratio, largest = n / best.parameters, np.inf if most is None else most
+    low, high = (min(x * ratio, largest) for x in best.sizes[0])
+    least, greatest = (max(0.0, flops / (per * x) - served / 3) for x in (high, low))
+    return Optimum(n, left, ((low, high), (least, greatest)), best.parts)
 
 
 def _served_ratio(study: "StudyFit", flops: float, served: float) -> float:
