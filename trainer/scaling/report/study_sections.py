@@ -67,15 +67,14 @@ def forecast_section(forecasts: Sequence[Forecast], scored: Score) -> Section:
             loss, ends = forecast.facts["loss"], forecast.facts["interval"]
             lines.insert(0, text.format(*map(number, (loss, *ends)), observed(forecast)))
     if scored.anew:
-        halves = [
-            [abs(e) for x, e, _ in scored.anew if (x >= 0.5) == late] for late in (False, True)
-        ]
-        means = [percent(sum(half) / len(half)) if half else "-" for half in halves]
-        lines.append(
-            f"At {len(scored.anew)} checkpoints the runs forecast their own ends anew: mean "
-            f"absolute error {means[0]} before half of the steps, {means[1]} after; "
-            f"{sum(held for *_, held in scored.anew)} inside their {level} interval."
+        errors = [[abs(e) for x, e, _ in scored.anew if (x < 0.5) == early] for early in (1, 0)]
+        means = [percent(sum(half) / len(half)) if half else "-" for half in errors]
+        text = Markup(
+            "At {} checkpoints the runs forecast their own ends anew: mean absolute error {} "
+            "before half of the steps, {} after; {} inside their {} interval."
         )
+        held = sum(is_inside for *_, is_inside in scored.anew)
+        lines.append(text.format(len(scored.anew), *means, held, level))
     if scored.abandoned:
         lines.append(f"{len(scored.abandoned)} runs have no record yet.")
     return Section(

@@ -225,4 +225,6 @@ def test_a_score_counts_the_forecasts_that_a_run_made_of_its_own_end(folder, tmp
     assert scored.anew == [(0.5, math.log(1.01), 1), (0.9, math.log(1.01), 0)]
     text = "".join(map(str, forecast_section(read_forecasts(folder), scored).after))
     assert "At 2 checkpoints the runs forecast their own ends anew" in text
+    assert "&lt;" not in text
+    assert "<data" in text, "a number that the terminal rounds, and the page copies"
     assert "1 inside their 90% interval" in text
