@@ -18,6 +18,7 @@ from forescale.pages import figure as chart
 from forescale.pages.document import Cell, number
 from forescale.scaling.analysis import backtest
 from forescale.scaling.analysis.forecast import Forecast
+from forescale.scaling.analysis.optimum import optimum
 from forescale.scaling.analysis.table_fit import Prediction, StudyFit
 from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.isoflop import IsoFlop
@@ -239,7 +240,7 @@ class Figures:
         if isinstance(f, Prediction) and f.extrapolation_factor > _NEXT:
             most = f.extrapolation_factor * greatest
         on = np.geomspace(_NEXT * greatest, most, _GRID)
-        ahead = study.predicted(self.best(study.fit.vector, on), on)
+        ahead = study.predicted(self._optimal(on), on)
         figure = chart.Figure(
             chart.Axis(self.c, log=True, power=True), chart.Axis(self.loss, log=True), _FIRST
         )
@@ -267,6 +268,14 @@ class Figures:
             text = f"target\nobserved {y[0]:.5g}"
             figure.add(chart.dots(c, y, [chart.INK], [text], shape="diamond"))
         return figure
+
+    def _optimal(self, flops: Array) -> dict[str, Array]:
+        """The columns that the law reads, for the best run of each C as a target has them."""
+        if self.study.form.columns != ("parameters", "tokens"):
+            return self.best(self.study.fit.vector, flops)
+        each = [optimum(self.study, float(c), self.study.job.level) for c in flops]
+        return {name: np.array([getattr(one, name) for one in each])
+                for name in ("parameters", "tokens")}  # fmt: skip
 
     @property
     def _lowest(self) -> list[int]:

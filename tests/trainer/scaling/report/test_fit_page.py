@@ -118,6 +118,8 @@ def test_the_first_picture_shows_minima_and_the_fan_of_the_forecast_and_fits_its
     for band, ends in ((wide, f.outer), (narrow, f.inner)):
         assert band.x[[0, -1]] == pytest.approx([1.01e21, f.flops])
         assert (band.y[-1], band.high[-1]) == pytest.approx(ends)
+    (best,) = Figures(fit, "N", "C", "nats")._optimal(np.array([f.flops]))["parameters"]
+    assert best == pytest.approx(f.parameters), "the fan is of runs such as the target"
 
 
 def earlier(error: float, of_line: float, beyond: float = 3.0) -> pd.DataFrame:
