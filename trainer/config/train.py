@@ -82,7 +82,7 @@ class TrainJob(Lengths, Job):
     profile: ProfileConfig = section(ProfileConfig, kind="free")  # traces
     # your own callbacks: a list of mappings with _target_ and arguments
     callbacks: list[TargetConfig] = key([], kind="free")
-    # forecast to compare the final loss with: its path, or STUDY/ID
+    # forecast to compare the loss with: its path, or STUDY/ID
     forecast: str | None = key(None, kind="free")
     # faults to inject, each once per run, such as [kill@120:rank1]; see `drill`
     faults: list[str] = key([], kind="free")

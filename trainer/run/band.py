@@ -222,7 +222,7 @@ def anew_text(facts: Mapping[str, Any], has_left: bool) -> str:
     above, level = math.expm1(facts["above"]), f"{100 * facts['level']:g} %"
     side, place = "above" if above > 0 else "below", "outside" if has_left else "inside"
     return (
-        f"At step {facts['step']:,} {abs(above):.1%} {side} the forecast's center, {place} its "
+        f"At step {facts['step']:,} the loss is {abs(above):.1%} {side} its forecast, {place} the "
         f"band; the end is forecast anew as {facts['loss']:.4f} ({level}: {facts['low']:.4f} to "
         f"{facts['high']:.4f}), {facts['inside']:.0%} inside the preregistered interval."
     )

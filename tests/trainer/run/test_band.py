@@ -86,7 +86,7 @@ def test_the_end_is_forecast_anew_and_the_interval_narrows():
     assert ends[2] == pytest.approx(2.03, rel=0.004)
     assert 0.9 < anew.inside < 0.999
     facts = {"step": 900, "level": 0.9, **vars(anew)}
-    assert "above the forecast's center, inside its band; the end is forecast anew as 2.0" in (
+    assert "above its forecast, inside the band; the end is forecast anew as 2.0" in (
         anew_text(facts, has_left=False)
     )
 

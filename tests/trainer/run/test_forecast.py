@@ -297,16 +297,16 @@ def test_status_shows_the_band_and_the_end_that_the_run_forecasts_anew(forecast_
     attempt.event("forecast_anew", step=4, **end)
     attempt.event("forecast_anew", step=7, **end | {"loss": 2.5})  # a step that was not kept
     out = forescale.prints("status", "small")
-    assert "At step 4 0.3% above the forecast's center, inside its band; the end is" in out
+    assert "At step 4 the loss is 0.3% above its forecast, inside the band; the end is" in out
     assert "anew as 2.9130 (90 %: 2.8800 to 2.9500), 84% inside the preregistered interval." in out
     attempt.event("forecast_left", step=5, since=5, beyond=0.008, reference=None)
     out = forescale.prints("status", "small")
-    assert "outside its band" in out
+    assert "outside the band" in out
     assert "The loss is 0.8% above its band since step 5, by the forecast." in out
     facts = json.loads(forescale.prints("status", "small", "--json"))["forecast"]
     assert facts == {"step": 4, **end, "left": 5}
     attempt.event("forecast_back", step=6, since=5, beyond=0.0, reference=None)
-    assert "inside its band" in forescale.prints("status", "small")
+    assert "inside the band" in forescale.prints("status", "small")
 
 
 @pytest.mark.distributed
