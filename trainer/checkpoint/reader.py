@@ -90,7 +90,7 @@ class Watched(TypedDict):
     count: Count
     since: tuple[Count, Count] | None
     inside: Count
-    alarm: bool
+    alarm: tuple[Count, AnyNumber, AnyNumber] | None
     left: list[tuple[Whole, Count]]
 
 

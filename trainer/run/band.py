@@ -112,7 +112,7 @@ class Watch:
 
     def __post_init__(self) -> None:
         begun = {"means": [], "ends": [], "sum": 0.0, "count": 0, "since": None, "inside": 0}
-        self.state = {**begun, "alarm": False, "left": [], **self.state}
+        self.state = {**begun, "alarm": None, "left": [], **self.state}
         self._size = -(-self.total_steps // _BLOCKS)
 
     def see(self, step: int, loss: float) -> Alarm | None:
@@ -151,48 +151,58 @@ class Watch:
 
     def _judge(self, step: int) -> Alarm | None:
         """Return the alarm that a block ends with, if one begins or ends with it."""
-        if len(self.state["means"]) < _LEAST:
+        s = self.state
+        if len(s["means"]) < _LEAST:
             return None
-        s, (beyond, reference) = self.state, self._beyond()
-        if beyond:
-            first, count = s["since"] or (step, 0)
-            s["since"], s["inside"] = [first, count + 1], 0
-            if s["alarm"] or count + 1 < _PATIENCE:
-                return None
-            s["alarm"] = True
-            # These blocks, and those before in which it began, are no measure for later ones.
-            s["left"].append([first - _SIZES[-1] * self._size, self.total_steps])
-            return Alarm(True, first, beyond, reference)
-        s["inside"] += 1
-        if s["alarm"] and s["inside"] < _PATIENCE:
+        if s["alarm"]:
+            return self._return(step)
+        beyond, reference, bound = self._beyond()
+        if not beyond:
+            s["since"] = None
             return None
-        since, had, s["since"], s["alarm"] = s["since"], s["alarm"], None, False
-        if not had:
+        first, count = s["since"] or (step, 0)
+        s["since"] = [first, count + 1]
+        if count + 1 < _PATIENCE:
             return None
-        s["left"][-1][1] = step
-        return Alarm(False, since[0], 0.0, None)
+        s["alarm"], s["inside"] = bound, 0
+        return Alarm(True, first, beyond, reference)
 
-    def _beyond(self) -> tuple[float, int | None]:
+    def _return(self, step: int) -> Alarm | None:
+        """Return the end of an alarm, once the loss is back within the bound that it has left."""
+        s = self.state
+        size, level, bound = s["alarm"]
+        is_outside = (self._mean(len(s["means"]), size)[0] - level) / bound > 1
+        s["inside"] = 0 if is_outside else s["inside"] + 1
+        if s["inside"] < _PATIENCE:
+            return None
+        first, s["since"], s["alarm"] = s["since"][0], None, None
+        # These blocks, and those in which it began, are no measure for later ones.
+        s["left"].append([first - _SIZES[-1] * self._size, step])
+        return Alarm(False, first, 0.0, None)
+
+    def _beyond(self) -> tuple[float, int | None, list[float]]:
         """Return by how much the newest losses are outside of the band, by the forecast or by the
-        earlier losses, whichever tells it more clearly; 0 if they are inside."""
+        earlier losses, whichever tells it more clearly, 0 if they are inside; the last step of
+        those losses; and the bound: the blocks of a mean, the level, the distance from it."""
         end, noise = self.band.end_deviation, self._noise()
         rough = (self.band.deviation[-1] / 2) ** 2  # the curve's own noise, which is no walk
         ends, count = self.state["ends"], len(self.state["means"])
-        tests = list[tuple[float, float, float, int | None]]()
+        tests = list[tuple[float, float, int | None, int, float]]()
         for size in (size for size in _SIZES if size <= count):
             newest, shape = self._mean(count, size)
             error = noise**2 / size
-            tests.append((newest, math.sqrt(end**2 + shape**2 + error), _LEVEL, None))
+            bound = _LEVEL * math.sqrt(end**2 + shape**2 + error)
+            tests.append((newest, bound, None, size, 0.0))
             for i in range(count - size, size - 1, -size):
                 if any(first <= ends[i - 1] <= last for first, last in self.state["left"]):
                     continue  # it was outside itself
                 before, wider = self._mean(i, size)
                 walk = max(0.0, wider**2 - shape**2)
-                deviation = math.sqrt(walk + 2 * (error + rough))
-                tests.append((newest - before, deviation, _CHANGE, ends[i - 1]))
-        x, deviation, most, reference = max(tests, key=lambda t: abs(t[0]) / t[1] / t[2])
-        beyond = max(0.0, abs(x) - most * deviation)
-        return math.copysign(beyond, x) if beyond else 0.0, reference
+                bound = _CHANGE * math.sqrt(walk + 2 * (error + rough))
+                tests.append((newest - before, bound, ends[i - 1], size, before))
+        x, bound, reference, size, level = max(tests, key=lambda test: abs(test[0]) / test[1])
+        beyond = math.copysign(abs(x) - bound, x) if abs(x) > bound else 0.0
+        return beyond, reference, [size, level, math.copysign(bound, x)]
 
     def _mean(self, end: int, size: int) -> tuple[float, float]:
         """Return the mean of `size` blocks before `end`, and the shape's deviation in their

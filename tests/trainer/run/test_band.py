@@ -56,6 +56,11 @@ def test_a_loss_that_leaves_its_course_is_told_once_and_so_is_its_return(size):
     assert f"% {side} its band since step {left.since:,}, by its own course up to step" in text
 
 
+def test_a_loss_that_stays_outside_is_told_once():
+    _, alarmed = alarms(losses(change=lambda share: 0.04 * (share > 0.4)))
+    assert [(alarm.left, alarm.reference is None) for _, alarm in alarmed] == [(True, False)]
+
+
 def test_a_run_far_from_its_forecast_is_told_from_the_start():
     _, alarmed = alarms(losses(end=2.2))
     assert alarmed[0][0] < 200
