@@ -188,21 +188,27 @@ class Watch:
         rough = (self.band.deviation[-1] / 2) ** 2  # the curve's own noise, which is no walk
         ends, count = self.state["ends"], len(self.state["means"])
         tests = list[tuple[float, float, int | None, int, float]]()
-        for size in (size for size in _SIZES if size <= count):
+        for size in (n for n in _SIZES if n <= count and not self._was_outside(count, n)):
             newest, shape = self._mean(count, size)
             error = noise**2 / size
             bound = _LEVEL * math.sqrt(end**2 + shape**2 + error)
             tests.append((newest, bound, None, size, 0.0))
             for i in range(count - size, size - 1, -size):
-                if any(first <= ends[i - 1] <= last for first, last in self.state["left"]):
-                    continue  # it was outside itself
+                if self._was_outside(i, size):
+                    continue
                 before, wider = self._mean(i, size)
                 walk = max(0.0, wider**2 - shape**2)
                 bound = _CHANGE * math.sqrt(walk + 2 * (error + rough))
                 tests.append((newest - before, bound, ends[i - 1], size, before))
+        tests = tests or [(0.0, 1.0, None, 1, 0.0)]  # the first blocks after a return
         x, bound, reference, size, level = max(tests, key=lambda test: abs(test[0]) / test[1])
         beyond = math.copysign(abs(x) - bound, x) if abs(x) > bound else 0.0
         return beyond, reference, [size, level, math.copysign(bound, x)]
+
+    def _was_outside(self, end: int, size: int) -> bool:
+        """Return True if one of the `size` blocks before `end` belongs to an alarm that ended."""
+        begun, ended = (self.state["ends"][i] for i in (end - size, end - 1))
+        return any(first <= ended and begun <= last for first, last in self.state["left"])
 
     def _mean(self, end: int, size: int) -> tuple[float, float]:
         """Return the mean of `size` blocks before `end`, and the shape's deviation in their

@@ -46,7 +46,7 @@ def test_healthy_runs_give_no_alarm():
 @pytest.mark.parametrize("size", [0.04, -0.04])
 def test_a_loss_that_leaves_its_course_is_told_once_and_so_is_its_return(size):
     _, alarmed = alarms(losses(change=lambda share: size if 0.5 < share < 0.7 else 0.0))
-    (at, left), (later, back) = alarmed[:2]
+    (at, left), (later, back) = alarmed
     assert 500 < left.since <= at < 560
     assert math.copysign(1, left.beyond) == math.copysign(1, size)
     assert (left.left, back.left) == (True, False)
