@@ -22,6 +22,7 @@ from forescale.scaling.analysis.prediction import Prediction
 from forescale.scaling.analysis.sensitivity import SensitivityRow, sensitivity
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.doubts.budgets import grouped
+from forescale.scaling.doubts.gain import gain_doubts
 from forescale.scaling.doubts.law import Target, doubts
 from forescale.scaling.fitting import bootstrap, laws
 from forescale.scaling.fitting.fit import Fit, fit
@@ -143,6 +144,12 @@ class StudyFit:
         level, columns = self.job.level, self.job.columns
         facts = (self.table, self.all_points, self.replicates, self.isoflop, target, level, columns)
         return [*sentences, *doubts(*facts), *self.disagreements()]
+
+    @property
+    def gains(self) -> list[str]:
+        """Return a sentence if the losses fall faster than any law between two budgets."""
+        named = self.table["budget"].to_numpy(dtype=float) if "budget" in self.table else None
+        return gain_doubts(self.all_points, named, self.fit)
 
     @cached_property
     def replicates(self) -> bootstrap.Replicates:

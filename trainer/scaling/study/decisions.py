@@ -37,7 +37,6 @@ from forescale.scaling.design.recipes import BASE, BestRates
 from forescale.scaling.design.shapes import Rule
 from forescale.scaling.design.simulate import RunSet, expected
 from forescale.scaling.design.tuning import best_rates, rate_batch_response, updated_rule
-from forescale.scaling.doubts.gain import gain_doubts
 from forescale.scaling.study.contradiction import ask_if_contradicted
 from forescale.scaling.study.directory import TARGET, Study
 from forescale.scaling.study.sizes import optimum, say_if_no_vertex
@@ -292,9 +291,8 @@ def forecast_cells(study: Study, table: pd.DataFrame, cells: Sequence[Cell], log
         study.event("forecast_refused", why=str(e), runs=[c.name for c in cells])
         log(f"No forecasts: {e}")
         return
-    named = law.table["budget"].to_numpy(dtype=float) if "budget" in law.table else None
-    for doubt in gain_doubts(law.all_points, named, law.fit):
-        log(f"Warning: {doubt}")
+    for gain in law.gains:
+        log(f"Warning: {gain}")
     count = 0
     for c in cells:
         flops = c.flops[study.plan.common.cost]
