@@ -211,10 +211,10 @@ def test_forecasts_are_judged_by_several_tables(tables, forescale):
     assert "Note: few.csv is left out: has 3 budgets with a finite loss, too few" in err
     assert "backtest: 20 fits" in err
     assert "Forecasts at every origin of 2 tables." in out
-    assert re.search(r"^level +4 +\d\.\d+% +[+-]\d\.\d+% +\d+% \d+%", out, re.MULTILINE)
-    assert re.search(r"^law +2 +\d\.\d+%.* [+-]\d+\.\d+ +[+-]\d+\.\d+$", out, re.MULTILINE)
+    assert re.search(r"^combined +4 +\d\.\d+% +[+-]\d\.\d+% +\d+% \d+%", out, re.MULTILINE)
+    assert re.search(r"^law +2 .* [+-]\d+\.\d+ \(.* to .*\) +[+-]\d+\.\d+ +", out, re.MULTILINE)
     assert re.search(r"^last minimum +2 +\d+\.\d+% +\+\d+\.\d+% +\d+% \d+% +- ", out, re.MULTILINE)
-    assert re.search(r"Two budgets ahead, b\n.*\nlevel +1 +\d\.\d+%", out)
+    assert re.search(r"Combined, b\n.*\n2\.5 to 5 times +2 +\d\.\d+%", out)
     words = ("backtest", "a.csv", "near=null", "--json")
     code, out, _ = forescale("study", *words)
     facts = json.loads(out)["scores"]
