@@ -5,8 +5,8 @@
     shape      N* of the form whose levels are free in each budget (forecasting/shape.py)
 
 N* is the geometric mean of those that the runs give. Judged by the parabolas of later budgets on
-nine public tables, the mean is nearer than the best of the three at every distance: 10 to 40 times
-beyond, it errs by 0.26 of log N, and they by 0.28 to 0.33. D* is C / (per N*).
+nine public tables, the mean is nearer than the best of the three up to 40 times beyond: at 12 to 40
+times it errs by 0.26 of log N, and they by 0.28 to 0.33. D* is C / (per N*).
 
 A model that serves T tokens spends C = per N (D + T / 3), since a forward pass is a third of a
 training step (Sardana et al. 2024, arXiv 2401.00448): its best N is smaller, by the ratio that the
@@ -41,7 +41,8 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Optimum:
-    """N* and D* of a compute, their intervals, and N* by each part."""
+    """The best N and D of a compute, and their intervals. parts: N* by each way; empty if serving
+    or a largest N has moved it."""
 
     parameters: float
     tokens: float
@@ -69,7 +70,7 @@ def optimum(
     ratio, largest = n / best.parameters, np.inf if most is None else most
     low, high = (min(x * ratio, largest) for x in best.sizes[0])
     least, greatest = (max(0.0, flops / (per * x) - served / 3) for x in (high, low))
-    return Optimum(n, left, ((low, high), (least, greatest)), best.parts)
+    return Optimum(n, left, ((low, high), (least, greatest)), {})
 
 
 def _served_ratio(study: "StudyFit", flops: float, served: float) -> float:

@@ -147,7 +147,7 @@ def predict(study: "StudyFit", target: TargetPoint) -> Prediction | None:
 
 def _parts(one: Forecaster, budget: float, loss: float) -> dict[str, tuple[float, float]]:
     """Return the loss of a run by each part of the combination, and its weight. loss: by all."""
-    each = loss * np.exp(one.by_part(budget) - one.minimum(budget).log_loss)
+    each = loss * np.exp(one.parts.at(budget) - one.minimum(budget).log_loss)
     return {
         name: (float(x), float(w))
         for name, x, w in zip(PARTS, each, one.weights, strict=True)

@@ -58,7 +58,7 @@ class Forecaster:
     def minimum(self, budget: float) -> Predicted:
         x = self.levels.log_budgets
         decades = max(0.0, float(np.log(budget)) - float(x[-1])) / np.log(10)
-        each = self.by_part(budget)
+        each = self.parts.at(budget)
         has = self.weights > 0
         center = self.weights[has] @ each[has]
         apart = self.weights[has] @ np.square(each[has] - center)
@@ -75,10 +75,6 @@ class Forecaster:
         # A run is no minimum of several noisy ones.
         center = lowest.log_loss - self.levels.offset + excess
         return Predicted(center, np.hypot(lowest.deviation, about), FREEDOM)
-
-    def by_part(self, budget: float) -> Array:
-        """Return the log of the lowest loss of a budget by each of PARTS, (3,); NaN: no law."""
-        return self.parts.at(budget)
 
     def is_beyond(self, budget: float) -> bool:
         """Return True if a budget is larger than the last known one."""
@@ -126,7 +122,7 @@ def forecasters(points: Points, budgets: Array) -> Iterator[Forecaster]:
             errors, ages = np.vstack((errors, new)), np.append(ages, np.zeros(len(new)))
         if old := [one for one in earlier if len(one.levels.smooth) >= BUDGETS]:
             lowest = np.log(at_last.loss.min())
-            by_part = np.vstack((by_part, [one.by_part(float(last)) - lowest for one in old]))
+            by_part = np.vstack((by_part, [one.parts.at(float(last)) - lowest for one in old]))
             ends = np.array([one.levels.log_budgets[-1] for one in old])
             decades = np.append(decades, (np.log(last) - ends) / np.log(10))
         known = budgets <= last

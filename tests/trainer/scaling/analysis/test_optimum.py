@@ -51,6 +51,7 @@ def test_a_model_that_serves_is_smaller_and_its_compute_pays_for_both(fit):
     assert one.parameters < best.parameters
     spent = per * one.parameters * (one.tokens + served / 3)
     assert spent == pytest.approx(c)
+    assert one.optima == {}, "it is no mean of the ways to N*"
     assert one.flops == pytest.approx(per * one.parameters * one.tokens)
     ratio = one.parameters / best.parameters
     n = optimum(fit, c, 0.9).parts["law"] * ratio * np.array([0.8, 1, 1.25])
