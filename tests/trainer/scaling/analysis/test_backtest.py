@@ -172,6 +172,13 @@ def test_tables_are_scored_together_and_apart():
     assert [s.method for s in rows[:3]] == [COMBINED, LINE, LAST]
 
 
+def test_a_table_is_even_if_its_lowest_losses_are_near_a_parabola():
+    kinds = [finished(table(noise), StudyJob(), "mine").kind for noise in (0.001, 0.02)]
+    assert kinds == [EVEN, UNEVEN]
+    few = table(0.02, budgets=BUDGETS[:4])
+    assert finished(few, StudyJob(), "mine").kind == EVEN, "four budgets tell nothing"
+
+
 def test_the_scores_for_programs_have_no_nan():
     one = scores(judged(table()))
     assert "NaN" not in json.dumps(as_dict(one))
