@@ -55,7 +55,7 @@ class Lab:
         memory_of: Mapping[str, int] | None = None,
         kill_wait: int = 5,
         grace_time: int = 0,
-        slurmd_timeout: int = 10,  # much below, healthy nodes are given up beside a dead one
+        slurmd_timeout: int = 20,  # at 10, healthy nodes are given up beside a dead one
         settings: str = "",
     ):
         self.root = root.resolve()
