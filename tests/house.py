@@ -31,7 +31,7 @@ BANNED = {
 BUDGETS = {
     "lines of source": 89_200,
     "lines of tests": 71_500,
-    "lines of the largest room": 15_300,  # scaling/; every other one is below 9,000
+    "lines of the largest room": 15_400,  # scaling/; every other one is below 9,000
     "names that name nothing": 0,
     "file names that occur twice below a room": 0,
     "arrows between rooms": 124,

@@ -27,6 +27,7 @@ from forescale.config.schema import TargetConfig, plain
 from forescale.ground.errors import UserError
 
 STORED = "--stored"  # of `train`: the arguments come from a file, which may name no code
+CELL = "--cell"  # of `train`: a run of a study, which compares losses and needs no sample of text
 
 
 def targets(job: Any) -> dict[str, str]:

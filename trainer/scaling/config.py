@@ -91,6 +91,8 @@ class PlanKeys:
     micro_batch: int = key(8, ge=1)
     # ranks of each run, such as one a GPU: each feeds an equal part of plan.micro_batch
     ranks: int = key(1, ge=1)
+    # isoflop: first find sizes, batch and learning rate by cheap runs at the lowest budget
+    pilot: bool = False
     # FLOP/s that one device reaches; null: device-hours are not shown
     rate: float | None = key(None, gt=0)
     # number of seeds of the cheapest cell, and of an expensive one; recipes: of each recipe at its

@@ -22,7 +22,7 @@ from forescale.config.hardware import check_fp8, check_fp16, has_gpu
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError, Problem
 from forescale.config.sizes import in_words
-from forescale.config.target import STORED, refuse_targets, remember, targets
+from forescale.config.target import CELL, STORED, refuse_targets, remember, targets
 from forescale.config.train import TrainJob
 from forescale.engine.deepspeed_check import problems_apart
 from forescale.ground.errors import DONE, UserError
@@ -53,8 +53,8 @@ EXAMPLES = (
 def main(words: list[str]) -> int:
     """Returns 0 when the run is complete, 75 when it was interrupted, 76 when it keeps crashing."""
     began = time.monotonic()
-    is_stored = STORED in words
-    words = [word for word in words if word != STORED]
+    is_stored, is_cell = STORED in words, CELL in words
+    words = [word for word in words if word not in (STORED, CELL)]
     from_run: list[str] = []
     if _FROZEN in words:
         job = _frozen(words)
@@ -98,7 +98,7 @@ def main(words: list[str]) -> int:
         if mirror:  # also of an interrupted run, whose last save may be needed elsewhere
             mirror.close(lambda: time.monotonic() > stop.deadline)
     notify(started.run, code, launcher.last_end(started.run), print)
-    if code == DONE:
+    if code == DONE and not is_cell:
         with first_imports():
             from forescale.inference.summary import summarize
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from forescale.checkpoint.reader import FORMAT
 from forescale.config.compose import compose
-from forescale.config.target import STORED
+from forescale.config.target import CELL, STORED
 from forescale.config.train import TrainJob
 from forescale.ground.storage import write_json, write_table
 from forescale.run.directory import Parent
@@ -93,7 +93,7 @@ def name_of(argv) -> str:
 
 def train(arguments, loss=None) -> None:
     """Make a complete run with these arguments of `train`."""
-    begun = start(compose(TrainJob, [a for a in arguments if a != STORED]))
+    begun = start(compose(TrainJob, [a for a in arguments if a not in (CELL, STORED)]))
     job, run = begun.job, begun.run
     attempt, step = run.new_attempt(), job.total_steps
     tokens = step * job.tokens_per_step

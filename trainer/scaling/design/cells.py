@@ -24,10 +24,11 @@ from forescale.scaling.design.shapes import Common, Shape, overrides
 RATES = 3  # learning rates of a sweep
 FACTOR = 2.0  # between the learning rates of a sweep, and between its batches
 GROWS = 0.2  # the share of a run's tokens over which a batch that is smaller at first grows
+UNRULED = "batch and learning rate outside the range of their rule"  # a flag
 # Limits of the flags: fewest steps, shortest warm-up, its largest share of the run, and the largest
 # relative change of D by rounding to whole steps.
 _STEPS, _WARMUP, _LONG, _ROUNDED = 500, 20, 0.1, 0.02
-Role = Literal["grid", "rate", "batch", "rate-batch", "seed", "target", "confirm"]
+Role = Literal["grid", "rate", "batch", "rate-batch", "seed", "target", "confirm", "pilot"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Cell:
     """A planned run.
 
     role: grid (the law is fitted to these), rate or batch (sweeps), rate-batch (both differ), seed
-    (a repeat), target, or confirm (a winning recipe or mixture, with fresh seeds).
+    (a repeat), target, confirm (a winning recipe or mixture, with fresh seeds), or pilot (a size
+    of pilot.py).
     tokens = steps x batch; global_batch: windows; micro_batch: those that a rank feeds at once.
     first_batch: windows of the first step, if the batch grows, which it does for ramp_steps.
     flops: of the whole run, by convention; cost: FLOPs that it adds (a branch: its decay alone).
@@ -155,7 +157,7 @@ def make_cell(
         f"warm-up of fewer than {_WARMUP} steps": warmup < _WARMUP,
         "D beyond one epoch": common.unique is not None and tokens > common.unique,
         f"rounding to whole steps changes D by {off:.0%}": off > _ROUNDED,
-        "batch and learning rate outside the range of their rule": not rule.covers(n, budgeted),
+        UNRULED: not rule.covers(n, budgeted),
     }
     flops = {convention: float(tokens * one) for convention, one in per.items()}
     decay, cost = math.ceil(common.decay * full), flops[common.cost]
@@ -179,11 +181,13 @@ def with_rate_sweeps(drafts: Sequence[Callable[..., Cell]]) -> list[Cell]:
     return [cells[0], *(replace(c, waits_for=sweep) for c in cells[1:-1]), cells[-1], *rates]
 
 
-def batch_variants(draft: Callable[..., Cell], middle: Cell, joint: bool) -> list[Cell]:
-    """Return the cell `middle` at half and twice its batch. joint: each batch at three learning
-    rates; draft: make_cell for this cell with all but role and factors. A batch that rounds to the
-    cell's own is left out."""
-    batches = [(1.0, ""), (1 / FACTOR, "-batch-low"), (FACTOR, "-batch-high")]
+def batch_variants(
+    draft: Callable[..., Cell], middle: Cell, joint: bool, factor: float = FACTOR
+) -> list[Cell]:
+    """Return the cell `middle` at its batch divided by the factor, and times the factor. joint:
+    each batch at three learning rates; draft: make_cell for this cell with all but role and
+    factors. A batch that rounds to the cell's own is left out."""
+    batches = [(1.0, ""), (1 / factor, "-batch-low"), (factor, "-batch-high")]
     rates = [(1.0, ""), (1 / FACTOR, "-rate-low"), (FACTOR, "-rate-high")]
     cells = list[Cell]()
     for (size, batch), (by, rate) in product(batches, rates if joint else rates[:1]):

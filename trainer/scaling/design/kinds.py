@@ -2,7 +2,7 @@
 
     isoflop   several sizes within each compute budget, one stage per budget; the first stage is
               exact, later ones are drafts with a range of costs until the stage before has given
-              its optimum
+              its optimum; with a pilot (pilot.py), that is the first stage
     ladder    sizes times multiples of 20 tokens per parameter; one trunk per size
     list      the given (N, D)
     recipes   one stage per budget of a base and its candidates (recipes.py); later stages are
@@ -22,6 +22,7 @@ from statistics import geometric_mean
 from forescale.ground.errors import UserError
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.cells import (
+    UNRULED,
     Cell,
     make_cell,
     seed_repeats,
@@ -29,6 +30,7 @@ from forescale.scaling.design.cells import (
     with_rate_sweeps,
 )
 from forescale.scaling.design.mixtures import mixtures_plan
+from forescale.scaling.design.pilot import PILOT, pilot_cells
 from forescale.scaling.design.plan import SIZES, Grid, Kind, StudyPlan, StudyStage, reserve
 from forescale.scaling.design.recipes import (
     BASE,
@@ -57,21 +59,28 @@ def isoflop_plan(job: StudyJob, common: Common) -> StudyPlan:
     keys, grid = job.plan, Grid.within_cap(job.plan, common)
     stages = list[StudyStage]()
     try:
+        if keys.pilot:
+            start = grid.budgets[0]
+            cells = pilot_cells(common, start, common.centre(start, grid.ratio), grid.spread)
+            cost = sum(c.cost for c in cells)
+            stages.append(StudyStage(PILOT, start, cells, cost, cost + reserve(cells), True))
         for number, budget in enumerate(grid.budgets, 1):
             centre = common.centre(budget, grid.ratio)
             tried = [grid.cells(common, number, centre)]
             # A draft has the range of costs over the centres that it may get.
-            for factor in (1 / _DRIFT, _DRIFT) if number > 1 else ():
+            for factor in (1 / _DRIFT, _DRIFT) if stages else ():
                 with suppress(UserError):  # no models there, so no cost
                     tried.append(grid.cells(common, number, centre * factor))
             costs = [sum(c.cost for c in cells) for cells in tried]
             high = max(cost + reserve(cells) for cost, cells in zip(costs, tried, strict=True))
-            stages.append(StudyStage(number, budget, tried[0], min(costs), high, number == 1))
+            stages.append(StudyStage(number, budget, tried[0], min(costs), high, not stages))
     except UserError as e:
         problem = f"no grid can start at {grid.budgets[0]:.3g} FLOPs ({e.where}: {e.problem})"
         raise UserError("cap", problem, "raise it, or plan fewer budgets or sizes") from None
     notes = [f"{keys.budgets} budgets; 5 or more are better"] * (keys.budgets < 5)
     notes += [f"{keys.sizes} sizes per budget; 5 to 7 are better"] * (not 5 <= keys.sizes <= 7)
+    is_known = keys.pilot or not any(UNRULED in c.flags for s in stages for c in s.cells)
+    notes += ["plan.pilot=true finds batch and learning rate by cheap runs first"] * (not is_known)
     plan = StudyPlan("isoflop", common, tuple(stages), keys.cap or 0.0, grid, tuple(notes))
     return _within_cap(plan)
 

@@ -24,6 +24,7 @@ from forescale.scaling.design.cells import (
     seed_repeats,
     with_rate_sweeps,
 )
+from forescale.scaling.design.pilot import RUNS
 from forescale.scaling.design.recipes import Recipe, RecipeGrid
 from forescale.scaling.design.shapes import RATIO, Common, Rule
 from forescale.scaling.design.tuning import Tuned, interpolated_rate
@@ -134,6 +135,7 @@ class Grid:
         each = keys.sizes + 2 * (RATES - 1) + 2 * EXTRA_RATES
         shares = [keys.step ** (i + 1 - number) for i in range(number)]
         runs = sum((each + e) * s for e, s in zip(extra, shares, strict=True))
+        runs += keys.pilot * (RUNS + 2 * EXTRA_RATES) * shares[0]
         top = _ROUNDING * (keys.cap or 0.0) / runs
         return cls(tuple(top * s for s in shares), keys.sizes, keys.spread, keys.ratio)
 

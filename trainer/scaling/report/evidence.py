@@ -28,7 +28,7 @@ from forescale.scaling.design.tuning import Tuned, tuned
 from forescale.scaling.fitting.points import Array
 from forescale.scaling.study.directory import CellState, Study
 
-_RATES = ("grid", "rate")  # roles
+_RATES = ("grid", "rate", "pilot")  # roles
 _NONE = Noise((), None, 0, 0)
 
 
@@ -163,7 +163,7 @@ def evidence(
     }  # fmt: skip
     noise = noise_of(table, f"flops_{job.cost}")
     rates = list(_sweeps(table, size, "learning_rate", _RATES, 3, gone["learning_rate"]))
-    batches = list(_sweeps(table, size, "batch", ("grid", "batch"), 2, gone["batch"]))
+    batches = list(_sweeps(table, size, "batch", ("grid", "batch", "pilot"), 2, gone["batch"]))
     return StudyEvidence(table, rate_sweeps=rates, batch_sweeps=batches, noise=noise, **known)
 
 

@@ -32,11 +32,17 @@ from forescale.scaling.design.kinds import fresh_cells, highest_seeds, recipe_st
 from forescale.scaling.design.mixtures import check_cells
 from forescale.scaling.design.next_runs import NextRun
 from forescale.scaling.design.noise import noise_of
+from forescale.scaling.design.pilot import PILOT, with_batch
 from forescale.scaling.design.plan import EXTRA_RATES, StudyPlan, StudyStage, extra_rates
 from forescale.scaling.design.recipes import BASE, BestRates
 from forescale.scaling.design.shapes import Rule
 from forescale.scaling.design.simulate import RunSet, expected
-from forescale.scaling.design.tuning import best_rates, rate_batch_response, updated_rule
+from forescale.scaling.design.tuning import (
+    RateBatchResponse,
+    best_rates,
+    rate_batch_response,
+    updated_rule,
+)
 from forescale.scaling.study.contradiction import ask_if_contradicted
 from forescale.scaling.study.directory import TARGET, Study
 from forescale.scaling.study.sizes import optimum, say_if_no_vertex
@@ -204,8 +210,10 @@ def _centre(study: Study, stage: StudyStage, log: Log) -> None:
     table = study.table()
     say_if_no_vertex(table, study.job, log)
     best = optimum(table, study.job)
-    plan = study.plan.centre_next_stage(best, rule_of(study.plan))
-    if study.job.target.is_given and not any(e["kind"] == "noise_measured" for e in study.events):
+    plan = _after_pilot(study, log) if stage.number == PILOT + 1 else study.plan
+    plan = plan.centre_next_stage(best, rule_of(plan))
+    measured = any(e["kind"] == "noise_measured" for e in study.events)
+    if study.job.target.is_given and stage.number > PILOT + 1 and not measured:
         _measure_noise(study, table, log)
     middle = best(stage.budget or 0.0)
     grid = [c for c in plan.stage(stage.number).cells if c.role == "grid"]
@@ -218,24 +226,49 @@ def _centre(study: Study, stage: StudyStage, log: Log) -> None:
     study.revise(plan, "stage_centred", stage=stage.number, centre=middle)
 
 
+def _after_pilot(study: Study, log: Log) -> StudyPlan:
+    """Return the plan with the batch and learning rates that its pilot found."""
+    plan, stages = study.plan, [s for s in study.plan.stages if s.number == PILOT]
+    for stage in stages:
+        common = replace(plan.common, rule=_fitted(plan.common.rule, stages))
+        if measured := _response(study, stage):
+            middle = next(c for c in stage.cells if c.name == measured[0])
+            common, batch = with_batch(common, middle, measured[1]), measured[1].batch
+            log(
+                f"The pilot found a batch of {batch:.3g} windows where the rule has "
+                f"{middle.global_batch}: all later ones are {batch / middle.global_batch:.2g} "
+                "times the rule's."
+            )
+        plan = replace(plan, common=common)
+    return plan
+
+
 def _measure_response(study: Study, stage: StudyStage, log: Log) -> None:
     """Record the best batch and learning rate once all cells of the batch sweep have ended."""
-    tried = [c for c in stage.cells if c.role in ("batch", "rate-batch")]
     events = [e for e in study.events if e["kind"] == "response_measured"]
-    if not tried or stage.number in [e.get("stage") for e in events]:
+    is_known = stage.number in [e.get("stage") for e in events]
+    if is_known or (measured := _response(study, stage)) is None:
         return
-    cells, losses = [c for c in stage.cells if c.name == tried[0].cell_of] + tried, study.losses()
-    if not {c.name for c in cells} <= set(losses):
-        return
-    runs = [(c.learning_rate, float(c.global_batch), losses[c.name]) for c in cells]
-    response = rate_batch_response(*zip(*runs, strict=True))
-    study.event("response_measured", stage=stage.number, cell=cells[0].name, **asdict(response))
+    cell, response = measured
+    study.event("response_measured", stage=stage.number, cell=cell, **asdict(response))
     best = f"learning rate {response.learning_rate:.2g} with batch {response.batch:.3g}"
     if response.inside:
-        log(f"Stage {stage.number}: the best of {len(cells)} runs like {cells[0].name} is {best}.")
+        log(f"Stage {stage.number}: the best of the runs like {cell} is {best}.")
         return
     edges = ", ".join(response.edges)
     log(f"Note: stage {stage.number}: {best} is best, but at an edge ({edges}), not an optimum.")
+
+
+def _response(study: Study, stage: StudyStage) -> tuple[str, RateBatchResponse] | None:
+    """Return the cell whose batch a stage varies, and its best batch and learning rate; None
+    without such runs, or before they have ended."""
+    tried = [c for c in stage.cells if c.role in ("batch", "rate-batch")]
+    cells = [c for c in stage.cells if tried and c.name == tried[0].cell_of] + tried
+    losses = study.losses()
+    if not tried or not {c.name for c in cells} <= set(losses):
+        return None
+    runs = [(c.learning_rate, float(c.global_batch), losses[c.name]) for c in cells]
+    return cells[0].name, rate_batch_response(*zip(*runs, strict=True))
 
 
 def _measure_noise(study: Study, table: pd.DataFrame, log: Log) -> None:
@@ -283,7 +316,7 @@ def forecast_cells(study: Study, table: pd.DataFrame, cells: Sequence[Cell], log
         return
     fitted = table[table["fitted"]]
     if "budget" in fitted and fitted["budget"].nunique() < _BUDGETS:
-        log("No forecasts yet: one budget determines no law.")
+        log("No forecasts yet: fewer than two budgets determine no law.")
         return
     try:
         law = law_of(table, study.job, f"{len(fitted)} runs of {study.folder}")
@@ -337,14 +370,20 @@ def add_target(study: Study, log: Log) -> None:
 
 
 def rule_of(plan: StudyPlan) -> Rule:
-    """Return the rule for batch and learning rate, fitted to all sweeps that have ended."""
+    """Return the rule for batch and learning rate, fitted to all sweeps of the law that have
+    ended. The plan's own rule knows those of the pilot, which had other batches."""
+    return _fitted(plan.common.rule, [s for s in plan.stages if s.number > PILOT])
+
+
+def _fitted(rule: Rule, stages: Sequence[StudyStage]) -> Rule:
+    """Return the rule, fitted to the sweeps of these stages that have ended."""
     rates = list[tuple[float, float, float]]()
-    for stage in plan.stages:
-        grid = {c.shape.parameters: c for c in stage.cells if c.role == "grid"}
+    for stage in stages:
+        grid = {c.shape.parameters: c for c in stage.cells if c.role in ("grid", "pilot")}
         for n, tuned in stage.tuned:
             size = grid[n].shape.counts.non_embedding
             rates.append((size, grid[n].tokens, tuned.learning_rate))
-    return updated_rule(plan.common.rule, rates)
+    return updated_rule(rule, rates)
 
 
 _LAW = _Kind(_is_law_due, _centre, _measure_response, EXTRA_RATES)

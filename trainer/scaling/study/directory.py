@@ -44,6 +44,7 @@ from forescale.run.forecast import read_forecasts
 from forescale.run.rows import RowWriter, read_rows
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.cells import Cell
+from forescale.scaling.design.pilot import PILOT
 from forescale.scaling.design.plan import StudyPlan, dump, load
 from forescale.scaling.records.records import of_runs
 
@@ -326,7 +327,8 @@ class Study:
             table = pd.concat((table, pd.DataFrame(rows)), ignore_index=True)
         if self.plan.grid is not None:
             table["budget"] = [c.budget or c.cost for c in planned]
-        best = table[table["role"].isin(("grid", "rate"))].groupby("cell_of")["loss"].idxmin()
+        swept = table[table["role"].isin(("grid", "rate")) & (table["stage"] > PILOT)]
+        best = swept.groupby("cell_of")["loss"].idxmin()
         return table.assign(fitted=table.index.isin(best))
 
 

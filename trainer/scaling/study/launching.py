@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from forescale.config.compose import compose
-from forescale.config.target import STORED, targets
+from forescale.config.target import CELL, STORED, targets
 from forescale.config.train import TrainJob
 from forescale.ground.console import is_terminal
 from forescale.ground.errors import DONE, INTERRUPTED, PREFIX, USER, UserError
@@ -147,7 +147,7 @@ class LocalLauncher(Launcher):
 
     def __init__(self, study: Study, keys: LaunchKeys, log: Callable[[str], None]):
         super().__init__(study, keys, log)
-        self._stored = [] if keys.trust else [STORED]
+        self._words = [CELL] if keys.trust else [CELL, STORED]
         self._processes: dict[str, subprocess.Popen] = {}
         self._gpus, ranks = gpus(), study.plan.common.ranks
         groups = [self._gpus[i : i + ranks] for i in range(0, len(self._gpus), ranks)]
@@ -217,7 +217,7 @@ class LocalLauncher(Launcher):
         at_once = 1 if cell.role == "target" else self.keys.at_once
         ranks = self.study.plan.common.ranks
         threads = max(1, len(os.sched_getaffinity(0)) // at_once // ranks)
-        words = [*self.study.arguments(cell), f"launch.processes={ranks}", *self._stored]
+        words = [*self.study.arguments(cell), f"launch.processes={ranks}", *self._words]
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         if self._gpus:
             self._used[cell.name] = environment["CUDA_VISIBLE_DEVICES"] = self._free.pop(0)

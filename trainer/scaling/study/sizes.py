@@ -1,7 +1,8 @@
 """The sizes of a study's next budget: around the optimum of the budgets before.
 
     a budget with a vertex      N* of its parabola counts
-    without one                 its best run counts, and it is said: so sizes move towards an
+    before the first one        the pilot is a budget
+    without a vertex            its best run counts, and it is said: so sizes move towards an
                                 optimum that is beyond them, by up to plan.spread a budget
 
 Invariant: the same records give the same sizes.
@@ -39,7 +40,11 @@ def _vertices(
     table: pd.DataFrame, job: StudyJob
 ) -> Iterator[tuple[float, Vertex | Refusal, float]]:
     """Yield each budget, the vertex of its parabola or the refusal, and N of its best run."""
-    for budget, rows in table[table["fitted"]].groupby("budget"):
+    runs = table[table["fitted"]]
+    if runs.empty:  # before the first budget of the law: the pilot
+        swept = table[table["role"].isin(("pilot", "rate"))]
+        runs = table.loc[swept.groupby("cell_of")["loss"].idxmin()]
+    for budget, rows in runs.groupby("budget"):
         n, d = (np.log(rows[c].to_numpy(dtype=float)) for c in (f"parameters_{job.size}", "tokens"))
         losses, spent = rows["loss"].to_numpy(), rows[f"flops_{job.cost}"].to_numpy()
         at = vertex(float(budget), n, d, losses, spent)

@@ -53,6 +53,9 @@ def test_a_study_runs_from_plan_to_score_although_its_launcher_is_killed(
     assert len(attempts) == 2, "it went on where it was killed"
     assert attempts[1].parent.step > 0
     assert study.spent <= study.plan.cap
+    log = (study.folder / "logs/n0-x0.1.log").read_text()
+    assert "validation loss" in log
+    assert "A sample" not in log, "nobody reads it, and it costs as much as a hundred steps"
 
     forecasts = {c.facts["target"]["run"]: c for c in read_forecasts(study.forecasts)}
     assert set(forecasts) == {"target"}
