@@ -56,8 +56,8 @@ def count(config: ModelConfig) -> Counts:
     """Return the numbers of parameters of a Transformer of this config."""
     outer = {name: prod(shape) for name, shape in _outer_shapes(config).items()}
     mtp = config.mtp_layers * sum(map(prod, _mtp_shapes(config).values()))
-    kinds = ((layer_shapes(config, i), times) for i, times in _kinds(config))
-    blocks = sum(times * prod(shape) for layer, times in kinds for shape in layer.values())
+    layers = ((layer_shapes(config, i), times) for i, times in kinds(config))
+    blocks = sum(times * prod(shape) for layer, times in layers for shape in layer.values())
     total, table = sum(outer.values()) + blocks, outer["embedding.weight"]
     position = sum(size for name, size in outer.items() if "position." in name)
     tables = sum(size for name, size in outer.items() if name.startswith(_TABLES))
@@ -189,21 +189,19 @@ def layers_of(config: ModelConfig) -> list[BlockParts]:
     return [*known["_layers"]]
 
 
-def _kinds(config: ModelConfig) -> list[tuple[int, int]]:
+def kinds(config: ModelConfig) -> list[tuple[int, int]]:
     """Return the first block of each kind, and how many there are: a plan counts thousands of
     models of a hundred equal layers."""
     last = config.encoder_layers - 1  # it has a norm that the others don't
     layers = enumerate(layers_of(config))
     # By identity: to hash a part takes longer than all else here.
-    kinds = [(*map(id, parts.values()), i == last) for i, parts in layers]
-    return [(kinds.index(kind), times) for kind, times in Counter(kinds).items()]
+    every = [(*map(id, parts.values()), i == last) for i, parts in layers]
+    return [(every.index(kind), times) for kind, times in Counter(every).items()]
 
 
 def _sum(config: ModelConfig, of: Callable[[BlockPart], int]) -> int:
     """Return the sum over all parts of all layers."""
-    return sum(
-        times * of(part) for i, times in _kinds(config) for part in parts_of(config, i).values()
-    )
+    return sum(n * of(part) for i, n in kinds(config) for part in parts_of(config, i).values())
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -111,6 +111,7 @@ def activations(
     inputs: dict[int, int] = {}  # and of its input
     within: list[int] = []  # what its compiled backward pass adds
     products = 0  # of all blocks, which selective checkpointing saves
+    alike: dict[tuple[int, ...], tuple[int, int]] = {}  # both, by the parts of a block
 
     def of_part(part: BlockPart, config: ModelConfig) -> int:
         return part.compiled_bytes(config, b) if compiled else part.activation_bytes(config, b, rms)
@@ -120,7 +121,12 @@ def activations(
         i = min(n, config.num_blocks - 1)
         columns = columns_of(config, i, sequence_length)
         parts, count = every[i], micro_batch * columns // ranks
-        layer = count * len(parts) * s.width * (norms + (config.dropout > 0))
+        inputs[n] = b * s.width * count
+        if (kind := (*map(id, parts.values()),)) in alike:
+            layers.append(alike[kind][0])
+            products += alike[kind][1]
+            continue
+        layer, before = count * len(parts) * s.width * (norms + (config.dropout > 0)), products
         for part in parts.values():
             if isinstance(part, Mlp) and part.is_routed:  # each rank has tokens of its own
                 layer += count * of_part(part, config) // tensor
@@ -152,7 +158,7 @@ def activations(
             layer += inside
             views += view if mixer not in config.mixers[:n] else 0
         layers.append(layer)
-        inputs[n] = b * s.width * count
+        alike[kind] = layer, products - before
         # At its beginning the gradients of its output, and of the MLP's widest tensor.
         streams = 2 * b * s.width * count
         repeated = 1.0 if again else 0.0 if budget is None else 1 - budget
@@ -237,7 +243,7 @@ def of_tensor(config: ModelConfig, tensor: int) -> ModelConfig:
     if tensor == 1:
         return config
     s = config.sizes
-    divided = config.sized()  # latents and experts are as wide as without the division
+    divided = replace(config.sized())  # latents and experts are as wide as without the division
     parts = {name: getattr(s, name) // tensor for name in _DIVIDED}
     divided.__dict__["sizes"] = replace(s, **parts)
     return divided

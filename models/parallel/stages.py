@@ -90,15 +90,15 @@ class Stage:
         return sorted({k % self.stages for k in self.division.readers(name)} - {self.stage})
 
 
-def costs_of(config: "ModelConfig") -> tuple[list[int], int]:
+def costs_of(config: "ModelConfig") -> tuple[tuple[int, ...], int]:
     """Return the FLOPs of a token in each block, and behind the last one, with those of later
     tokens: forward, backward, and what is computed again."""
     length = config.sizes.max_sequence_length
     passes = 4 if config.activation_checkpointing == "full" else 3
-    blocks = [
-        passes * sum(part.flops(config, length, False) for part in parts.values())
-        for parts in layers_of(config)
-    ]
+    layers = layers_of(config)
+    alike = {id(part): part for parts in layers for part in parts.values()}  # most of them are
+    flops = {key: passes * part.flops(config, length, False) for key, part in alike.items()}
+    blocks = (*(sum(flops[id(part)] for part in parts.values()) for parts in layers),)
     head = (3 + (config.loss_chunk != 0)) * head_flops(config)
     later = blocks[-1] + 12 * config.sizes.width**2 + head  # has a block as the last one
     return blocks, head + config.mtp_layers * later

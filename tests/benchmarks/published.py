@@ -34,7 +34,7 @@ Llama 3 are quoted from memory of those papers: no copy of the numbers was at ha
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from statistics import median
 
@@ -326,8 +326,9 @@ def near(c: Collective, shard: int) -> list[Collective]:
     return [part, replace(others, stride=c.stride * shard)]
 
 
+@cache
 def read() -> list[Row]:
-    """Return all rows in the order of the file."""
+    """Return all rows in the order of the file; what one predicts is computed once."""
     with FILE.open() as file:
         rows = [
             Row(

@@ -56,6 +56,7 @@ _NAME_IT = (
 _LONGEST = 200  # characters of an argument in a message
 _STUDY = "give one value; to train several runs, see forescale study --help"
 J = TypeVar("J", bound=Job)
+_parsed = lru_cache(maxsize=1024)(OverridesParser.create().parse_override)
 
 
 @dataclass(frozen=True)
@@ -295,13 +296,14 @@ def _lay_over(
         for other in {*LENGTHS} - {*lengths}:  # giving one length unsets the others
             _nest(composed, other, None)
     for name, text in [*earlier, *typed.items()]:
-        is_section = any(path.startswith(name + ".") for path in known)
+        is_section = name not in known and any(path.startswith(name + ".") for path in known)
         if not (name in known or is_section or any(name.startswith(f + ".") for f in free)):
             unknown.append(name)
             continue
         try:
             value = _value(name, text, known.get(name))
-            OmegaConf.create({"value": value})  # raises an error for a reference without an end
+            if "${" in text or isinstance(value, dict | list):
+                OmegaConf.create({"value": value})  # raises an error for a reference without an end
             _nest(values, name, value)
             is_argument = "model" in free and name.startswith("model.")
             if is_section and not is_argument:
@@ -350,7 +352,7 @@ def _value(name: str, text: str, leaf: Leaf | None) -> Any:
     if list[str] in alternatives:  # 40_2, a task of an array of jobs, is no number
         text = re.sub(r"(?<=[\[,\s])(\d+(?:_\d+)+)(?=\s*[,\]])", r"'\1'", text)
     try:
-        override = OverridesParser.create().parse_override(f"x={text}")
+        override = _parsed(f"x={text}")
         is_several = override.is_sweep_override()
         value = None if is_several else override.value()
         readable = isinstance(value, bool | int | float | str | list | dict | None)

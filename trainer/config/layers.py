@@ -39,7 +39,7 @@ def keys_of(picks: Mapping[str, str], files: Mapping[str, Mapping[str, Path]]) -
     def visit(group: str, path: Path) -> None:
         text = path.read_text()
         is_global = any(line.startswith("# @package _global_") for line in text.splitlines())
-        tree = yaml.safe_load(text) or {}
+        tree = yaml.load(text, yaml.CSafeLoader) or {}
         for entry in tree.pop("defaults", None) or []:
             if isinstance(entry, dict):
                 for name, choice in entry.items():

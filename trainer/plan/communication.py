@@ -169,13 +169,15 @@ def _sums(s: ZeroSettings, job: TrainJob, part: Part) -> list[Collective]:
         return []
     rows, length = job.rows_at_once, job.train.sequence_length
     columns = length // job.mesh(1).columns
-    blocks = [*enumerate(layers_of(c))]
     # Those of modules for later tokens are as the last one.
-    blocks = [blocks[min(block, c.num_blocks - 1)] for block in part.blocks]
+    blocks, layers = [min(block, c.num_blocks - 1) for block in part.blocks], layers_of(c)
     # A compiled block is computed again up to its end.
     to_end = c.activation_checkpointing == "full" and job.train.compile != "off"
     chunks = job.engine.tensor_chunks
-    sums = [one for block in blocks for one in _of_block(c, *block, rows, columns, chunks, to_end)]
+    kinds = [(*map(id, layers[i].values()), i == c.encoder_layers - 1) for i in blocks]
+    of = dict(zip(kinds, blocks, strict=True)).items()  # few: most of a hundred blocks are alike
+    each = {k: _of_block(c, i, layers[i], rows, columns, chunks, to_end) for k, i in of}
+    sums = [one for kind in kinds for one in each[kind]]
     if c.has_encoder:
         sums.append(c.sizes.width * rows * columns_of(c, 0, columns))
     heads, read = 0, rows * columns_of(c, c.encoder_layers, columns)

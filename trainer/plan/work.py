@@ -28,6 +28,7 @@ from forescale.models.flops import (
     columns_of,
     divided,
     flops_per_token,
+    kinds,
     layers_of,
     matrices,
     shapes,
@@ -176,15 +177,14 @@ def _part(config: ModelConfig, tensor: int, length: int, products: float) -> flo
 def _scores(config: ModelConfig, length: int, causal: bool = True) -> float:
     """Return the forward FLOPs of a token that mixers need beside their matrices, on average over
     the columns of a row."""
-    blocks = [*enumerate(layers_of(config))]
-    blocks += [blocks[-1]] * config.mtp_layers  # the blocks of modules for later tokens
-    total = 0.0
-    for i, parts in blocks:
-        block, columns = config.of_block(i), columns_of(config, i, length)
+    layers, total = layers_of(config), 0.0
+    # The blocks of modules for later tokens are as the last one.
+    for i, n in [*kinds(config), (len(layers) - 1, config.mtp_layers)]:
+        parts, block, columns = layers[i], config.of_block(i), columns_of(config, i, length)
         source = columns_of(config, 0, length)
         for name, keys in (("mixer", columns), ("cross", source)):
             if part := getattr(parts, name):
                 matrices = matrix_flops(part.shapes(block))
                 matrices -= part.source_flops(block) if name == "cross" else 0
-                total += max(0, part.flops(block, keys, causal) - matrices) * columns / length
+                total += n * max(0, part.flops(block, keys, causal) - matrices) * columns / length
     return total

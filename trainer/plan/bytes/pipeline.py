@@ -7,7 +7,6 @@ engine/parallel/schedules.py; tests compare these formulas with their simulation
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 from forescale.config.train import TrainJob
 from forescale.engine.parallel.schedules import passes_of
@@ -37,7 +36,7 @@ def parts_of(job: TrainJob, world: int) -> list[Part]:
         return [Part(0, ())]
     if stages == 1:
         return [Part(0, (*range(config.num_blocks + config.mtp_layers),))]
-    costs, behind = _costs(config)
+    costs, behind = costs_of(config)
     blocks = _dealt(costs, behind, stages * chunks)
     last, total = stages * chunks - 1, sum(costs) + behind
     later = range(config.num_blocks, config.num_blocks + config.mtp_layers)  # behind the last
@@ -111,7 +110,7 @@ def of_stage(trained: Inventory, job: TrainJob, stage: int) -> Inventory:
     key = ("stage", stage, stages, chunks, config.activation_checkpointing)
     if key not in trained.parts:
         place = Stage(stage, stages, chunks).of(config)
-        place.division.blocks = _dealt(*_costs(config), place.count)
+        place.division.blocks = _dealt(*costs_of(config), place.count)
         reads = {p.name: place.reads(p.name) for p in trained.parameters}
         tables = [p for p in trained.parameters if reads[p.name] and place.borrows(p.name)]
         reads |= dict.fromkeys([p.name for p in tables], False)
@@ -123,18 +122,3 @@ def of_stage(trained: Inventory, job: TrainJob, stage: int) -> Inventory:
         of_stage = Inventory(parameters, groups, trained.experts, trained.cut, tables)
         trained.parts[key] = of_stage
     return trained.parts[key]
-
-
-_COSTS: dict[Any, tuple[tuple[int, ...], int]] = {}
-
-
-def _costs(config: ModelConfig) -> tuple[tuple[int, ...], int]:
-    """Return costs_of a config, computed once for all configs that agree in what they read."""
-    key = (
-        *(config.sizes, config.mixer, (*config.mixer_pattern,), config.mlp, config.head),
-        *(config.causal, config.mtp_layers, config.loss_chunk, config.activation_checkpointing),
-    )
-    if key not in _COSTS:
-        costs, behind = costs_of(config)
-        _COSTS[key] = (*costs,), behind
-    return _COSTS[key]
