@@ -23,10 +23,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+import numpy as np
+from scipy.optimize import nnls
+
 from forescale.config.compose import compose
 from forescale.config.target import CELL, STORED, targets
 from forescale.config.train import TrainJob
-from forescale.ground.console import is_terminal
+from forescale.ground.console import is_terminal, span
 from forescale.ground.errors import DONE, INTERRUPTED, PREFIX, USER, UserError
 from forescale.ground.processes import die_with_parent
 from forescale.ground.storage import write_file
@@ -40,6 +43,7 @@ from forescale.slurm.submission import in_queue, newest
 from forescale.slurm.submit import submit
 
 _POLL, _ASK = 0.2, 15.0  # seconds: between looks at processes; between questions to the queue
+_KNOWN = 4  # complete cells from which the time of others is told
 _TAIL = 4096  # bytes of a log file in which the last message is looked for
 
 
@@ -122,6 +126,24 @@ def summary(study: Study, s: CellState) -> str:
         f"{result} in {s.seconds:.0f} s | {sum(ended)}/{len(ended)} cells, "
         f"{study.spent / study.plan.cap:.1%} of the cap"
     )
+
+
+def seconds_left(states: Sequence[CellState], at_once: int) -> float | None:
+    """Return the wall clock until all planned cells have ended, in seconds; None before it can be
+    told. What a cell takes is a start, so much a step and so much a FLOP, all of them fitted to the
+    cells that are complete (non-negative least squares)."""
+
+    def parts(s: CellState) -> tuple[float, float, float]:
+        return 1.0, float(s.cell.steps), s.cell.cost
+
+    complete = [s for s in states if s.status == "complete"]
+    if len(complete) < _KNOWN:
+        return None
+    X = np.array([parts(s) for s in complete])
+    scale = X.max(axis=0)
+    costs, _ = nnls(X / scale, np.array([s.seconds for s in complete]))
+    left = [(1 - s.done) * (parts(s) / scale @ costs) for s in states if not s.has_ended]
+    return float(sum(left)) / at_once
 
 
 def expect_no_code(study: Study) -> None:
@@ -236,6 +258,10 @@ class LocalLauncher(Launcher):
     def _log_of(self, name: str) -> Path:
         return self.study.folder / "logs" / f"{name}.log"
 
+    def _left(self) -> str:
+        seconds = seconds_left(self.study.states(), self.keys.at_once)
+        return f", about {span(seconds)} left" if seconds else ""
+
     def _reap(self) -> bool:
         """Record the cells that have ended; True if there are any."""
         before = len(self._processes)
@@ -252,7 +278,7 @@ class LocalLauncher(Launcher):
                 why = (message.strip() if mark else text.strip().rpartition("\n")[2])[:500]
             self.study.event("cell_ended", cell=name, code=code, why=why)
             state = self.study.state(next(c for c in self.study.plan.cells if c.name == name))
-            self.log(summary(self.study, state))
+            self.log(summary(self.study, state) + self._left())
             if code == USER and state.status != "diverged":
                 self._fault = f"{name}: {why or f'see {path}'}"
         return len(self._processes) < before
