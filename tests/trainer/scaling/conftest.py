@@ -1,7 +1,6 @@
 """Fixtures: the public scaling data, synthetic runs of a law, and simulated study cells."""
 
 import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 
 from forescale.scaling.fitting.points import Points
 from forescale.scaling.study import launching
-from tests.trainer.scaling.fake_training import FakeTraining
+from tests.trainer.scaling.fake_training import FakeSubprocess, FakeTraining
 
 ROOT = Path(__file__).parents[3]
 
@@ -52,11 +51,6 @@ def fake_training():
     patch = pytest.MonkeyPatch()
     for name, value in (("started", []), ("devices", []), ("codes", {}), ("losses", {})):
         patch.setattr(FakeTraining, name, value)
-
-    class FakeSubprocess:
-        """The parts of `subprocess` that start a cell."""
-
-        Popen, DEVNULL, STDOUT = FakeTraining, subprocess.DEVNULL, subprocess.STDOUT
 
     patch.setattr(launching, "subprocess", FakeSubprocess)
     patch.setattr(launching, "_POLL", 0.0)

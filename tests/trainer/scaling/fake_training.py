@@ -64,6 +64,12 @@ class FakeTraining:
         pass
 
 
+class FakeSubprocess:
+    """The parts of `subprocess` that start a cell."""
+
+    Popen, DEVNULL, STDOUT = FakeTraining, subprocess.DEVNULL, subprocess.STDOUT
+
+
 class MostlyFake(FakeTraining):
     """Trains the cells in `real`, and makes the runs of all others."""
 
