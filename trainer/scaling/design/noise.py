@@ -23,6 +23,7 @@ from forescale.scaling.design.tuning import tuned
 # assumed value.
 _FADING = 0.1  # standard deviation of that prior
 _RATES = 3  # learning rates that a parabola needs
+_LOUD = 0.01  # of log loss; the minima of neighbouring budgets differ by a few percent
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,19 @@ class Noise:
     gap: float | None
     sweeps: int
     edges: int
+
+    @property
+    def warning(self) -> str:
+        """What to do about noise at the lowest repeated budget that no law can see through; "" if
+        it is low."""
+        loud = [level for level in self.levels[:1] if level.noise.sd > _LOUD]
+        return "".join(
+            f"At {level.flops:.2g} FLOPs another seed moves the loss by {level.noise.sd:.1%} "
+            f"(standard deviation of {level.runs} runs), and no law predicts such runs better "
+            "than that. Plan a study with larger budgets: a higher plan.cap, or a smaller "
+            "plan.step."
+            for level in loud
+        )
 
     def assumed(self) -> Assumptions:
         """Return the usual assumptions with all that was measured in place. The exponent

@@ -275,6 +275,8 @@ def _measure_noise(study: Study, table: pd.DataFrame, log: Log) -> None:
     """Record the noise that the first stage measured, and the precision of the prediction with it
     in place of the assumed noise."""
     job, noise = study.job, noise_of(table, f"flops_{study.job.cost}")
+    if noise.warning:
+        log(f"Warning: {noise.warning}")
     target = RunSet.of_target(study.plan.common, job.target)
     try:
         design = RunSet.of(study.plan)

@@ -111,3 +111,12 @@ def test_what_was_not_measured_stays_as_assumed():
         assert noise_of(table).assumed() == Assumptions()
     same = pd.DataFrame(repeats("s1", 1e17, [(1, 1), (2, 1)])).assign(loss=3.0)
     assert noise_of(same).assumed() == Assumptions()  # one run twice
+
+
+def test_noise_that_hides_the_law_is_a_warning():
+    """5 % at 1e17 FLOPs; at 1e18 as little as ever."""
+    loud = [*repeats("s1-n2", 1e17, apart(5), scale=10), *repeats("s2-n2", 1e18, apart(5))]
+    assert noise_of(pd.DataFrame(loud[9:])).warning == ""
+    warning = noise_of(pd.DataFrame(loud)).warning
+    assert warning.startswith("At 1e+17 FLOPs another seed moves the loss by ")
+    assert "(standard deviation of 9 runs)" in warning
