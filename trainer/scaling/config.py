@@ -22,8 +22,17 @@ class TargetPoint:
     tokens: float | None = key(None, gt=0, common=True)  # D, training tokens of the target run
     # C, FLOPs of the target run; given alone, the best N and D are chosen
     flops: float | None = key(None, gt=0, common=True)
-    # form=experts: experts of a layer over those that a token uses; 1: a dense model
+    # form=experts: experts of a layer over those that a token uses; 1: a dense model; with
+    # target.flops, null is the best one
     expansion: float | None = key(None, ge=1)
+    # form=precision: bits of weights, activations and cache alike; with target.flops, null is the
+    # best number; of tables with a column for each of the three, the next three keys instead
+    bits: float | None = key(None, gt=0)
+    weight_bits: float | None = key(None, gt=0)
+    activation_bits: float | None = key(None, gt=0)
+    cache_bits: float | None = key(None, gt=0)
+    # form=quantised: bits of the weights after training
+    post_bits: float | None = key(None, gt=0)
     # compute of the target run in device-hours, at plan.rate FLOP/s
     device_hours: float | None = key(None, gt=0)
     # D of shorter runs that branch off the target; each is predicted too
@@ -46,7 +55,7 @@ class TargetPoint:
 
 LawName = Literal[
     "chinchilla", "shared-exponent", "over-training", "kaplan", "frontier", "data-constrained",
-    "experts", "auto",
+    "experts", "precision", "quantised", "auto",
 ]  # fmt: skip
 _DEFAULT_ARGUMENTS = ["data=bytes", "optimizer=adamw", "validation.every=100 %"]
 

@@ -29,7 +29,10 @@ def columns() -> dict[str, np.ndarray]:
     N, D = np.exp(rng.uniform(np.log([[1e7], [1e9]]), np.log([[1e10], [1e12]]), (2, 60)))
     U = D / np.exp(rng.uniform(-0.5, np.log(40), 60))
     X = 2.0 ** (np.arange(60) % 6)
-    return {"parameters": N, "tokens": D, "unique_tokens": U, "expansion": X, "flops": 6 * N * D}
+    bits = rng.permuted(np.tile([[3.0, 4.0, 5.0, 6.0, 8.0, 16.0]], (5, 10)), axis=1)
+    names = ("bits", "weight_bits", "activation_bits", "cache_bits", "post_bits")
+    plain = {"parameters": N, "tokens": D, "unique_tokens": U, "expansion": X, "flops": 6 * N * D}
+    return plain | dict(zip(names, bits, strict=True))
 
 
 @pytest.fixture(scope="session")

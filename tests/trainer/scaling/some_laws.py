@@ -22,6 +22,13 @@ MIXTURE = {
     "delta": 0.2285, "gamma": -0.0098, "omega": -0.5529, "zeta": 0.0259,
 }  # fmt: skip
 LAWS.append((laws.FORMS["experts"], MIXTURE))
+# Kumar et al. 2024, table 2, with alpha for beta; gamma is that of P* = 7.6 bits, see its test.
+SIZED = {"A": 4299.0, "B": 18060.0, "E": 2.7648, "alpha": 0.4965, "beta": 0.4965}
+PARTS = {"gamma_w": 2.6745, "gamma_a": 2.2102, "gamma_kv": 0.9578}
+AFTER = {"C_T": 0.0598, "gamma_D": 0.5068, "gamma_N": 0.3439, "gamma_post": 0.5907}
+BY_PARTS = laws.PRECISION.suited(["weight_bits", "activation_bits", "cache_bits"])
+LAWS += [(laws.PRECISION, SIZED | {"gamma": 4.0}), (BY_PARTS, SIZED | PARTS),
+         (laws.QUANTISED, SIZED | AFTER)]  # fmt: skip
 NAMES = [f"{form.name}, {form.size}" for form, _ in LAWS]
 
 

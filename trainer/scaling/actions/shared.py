@@ -10,6 +10,7 @@ from forescale.ground.errors import DONE, UserError
 from forescale.scaling.analysis.mixture_fit import has_mixtures
 from forescale.scaling.analysis.recipe_cells import has_recipes
 from forescale.scaling.config import StudyJob
+from forescale.scaling.fitting.points import SETTINGS
 from forescale.scaling.study.inputs import read, with_outcome
 
 STUDY = ("study", "studies")
@@ -22,7 +23,7 @@ TARGET = (
     "target.parameters", "target.tokens", "target.flops", "target.served",
     "target.most_parameters", "target.far",
 )  # fmt: skip
-TARGET_OF_LAW = (*TARGET, "target.expansion")
+TARGET_OF_LAW = (*TARGET, *(f"target.{setting}" for setting in SETTINGS))
 LINK = ("metric", "link", "chance")
 TASK = ("task", *LINK)
 FIT = (*RUNS, *LAW, *TARGET_OF_LAW, *TASK)

@@ -9,7 +9,7 @@
 Invariant: the law is the same whatever method predicts the loss.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from forescale.scaling.analysis.table_fit import StudyFit
 
 FAR = 40.0  # greatest extrapolation factor of a prediction without target.far
+_END = 1e-6  # a best setting so near the end of the runs' is the end, relative
 _OF_SIZE = ("parameters", "tokens")
 
 Interval = tuple[float, float]
@@ -48,7 +49,8 @@ class Prediction:
     at the requested level if the target is given by its compute alone, else None;
     extrapolation_factor: the run's compute over the greatest of the fit; origins: number of earlier
     forecasts that the intervals were calibrated with; parts: of a combined forecast, by name: the
-    loss that each part predicts, and its weight; optima: N* by each way to find it (optimum.py).
+    loss that each part predicts, and its weight; optima: N* by each way to find it (optimum.py);
+    settings: what the law reads beside N, D and C; best: the interval of the one that was chosen.
     """
 
     method: str
@@ -65,6 +67,8 @@ class Prediction:
     origins: int
     parts: dict[str, tuple[float, float]]
     optima: dict[str, float]
+    settings: dict[str, float]
+    best: dict[str, Interval]
 
 
 def forecasters_of(study: "StudyFit") -> list[Forecaster]:
@@ -126,9 +130,14 @@ def predict(study: "StudyFit", target: TargetPoint) -> Prediction | None:
     def loss(values: Array) -> Array:
         return study.form.predict(values, **columns)[..., 0]
 
-    level, best = study.job.level, None
+    level, best, chosen = study.job.level, None, dict[str, Interval]()
     if not target.parameters and not target.tokens and study.form.columns == _OF_SIZE:
         best = optimum(study, target.flops or c, level, target.served, target.most_parameters)
+    sizes = best.sizes if best else None
+    if choice := _open(study, target):
+        held = None if target.parameters is None else n
+        of_n, of_d, chosen[choice] = _intervals(study, target.flops or c, held)
+        sizes = None if held else (of_n, of_d)
     one = predicted(study, {k: np.array([v]) for k, v in columns.items()}, np.array([c]))
     inner, outer = (tuple(one.interval(each).ravel().tolist()) for each in (0.5, level))
     forecaster = study.forecaster
@@ -141,7 +150,8 @@ def predict(study: "StudyFit", target: TargetPoint) -> Prediction | None:
     return Prediction(
         COMBINED if by_combination else LAW, n, d, c, float(one.loss[0]), inner, outer,
         float(study.fit.predict(**columns)[0]), (float(low), float(high)),
-        best.sizes if best else None, factor, earlier, parts, best.parts if best else {},
+        sizes, factor, earlier, parts, best.parts if best else {},
+        {name: columns[name] for name in study.form.settings}, chosen,
     )  # fmt: skip
 
 
@@ -161,20 +171,27 @@ def run_of(study: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, 
     FLOPs alone mean the compute-optimal run. Raises UserError if more values are needed.
     """
     n, d, c = t.parameters, t.tokens, t.flops
-    form, per = study.form, study.points.per_token
+    form, per = study.form, study.per_token
     if (t.served or t.most_parameters) and (n or d or not c or form.columns != _OF_SIZE):
         key = "target.served" if t.served else "target.most_parameters"
         raise UserError(key, "chooses N and D of a compute", "write target.flops= alone beside it")
-    held = {"expansion": t.expansion} if "expansion" in form.columns else {}
-    if held and t.expansion is None:
-        problem = f"has no expansion, which the law {form.name} reads"
-        raise UserError("target", problem, "write target.expansion=, 1 for a dense model")
+    choice, held = _open(study, t), {name: getattr(t, name) for name in form.settings}
+    for name in held:
+        if held[name] is None and name != choice:
+            todo = f"write target.{name}="
+            if name == form.CHOICE:
+                todo += ", or target.flops= without target.tokens=, for the best"
+            raise UserError("target", f"has no {name}, which the law {form.name} reads", todo)
     if form.columns == ("flops",):
         if c is None:
             problem = f"has no flops, which the law {form.name} reads"
             raise UserError("target", problem, "write target.flops=")
         return {"flops": c}, float("nan"), float("nan"), c
-    if n is None and d is None and c is not None:
+    if choice and c is not None:
+        ends = _between(study)
+        best_of = laws.best_setting(form, study.fit.vector[None], c, per, ends, n)[0]
+        n, d, held[choice] = map(float, best_of)
+    elif n is None and d is None and c is not None:
         if "unique_tokens" in form.columns:
             problem = "does not say how often data is repeated, which the law reads"
             todo = "write target.parameters= and target.tokens= instead"
@@ -190,9 +207,55 @@ def run_of(study: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, 
         if c is None:
             todo = "give two of target.parameters, target.tokens and target.flops, or flops"
             raise UserError("target", "does not determine a run", todo)
-        n = n or c / (per * (d or 1.0))
-        d = d or c / (per * n)
+        n = n or c / (per * (d or 1.0) * _cost(study, n, held))
+        d = d or c / (per * n * _cost(study, n, held))
     columns = {"parameters": n, "tokens": d, **{k: v for k, v in held.items() if v}}
     if "unique_tokens" in form.columns:
         columns["unique_tokens"] = d
-    return columns, n, d, c or per * n * d
+    return columns, n, d, c or per * n * d * _cost(study, n, held)
+
+
+def _open(study: "StudyFit", t: TargetPoint) -> str:
+    """Return the setting whose best value a target of a compute leaves open; "" for none."""
+    choice = study.form.CHOICE
+    if choice not in study.form.columns or t.flops is None or t.tokens is not None:
+        return ""
+    return "" if getattr(t, choice) is not None else choice
+
+
+def _between(study: "StudyFit") -> Interval:
+    """Return where the best setting is looked for."""
+    runs = getattr(study.points, study.form.CHOICE)
+    low, high = study.form.BETWEEN
+    return float(runs.min()) if low is None else low, float(runs.max()) if high is None else high
+
+
+def setting_doubts(study: "StudyFit", columns: Mapping[str, float]) -> Iterator[str]:
+    """Yield a sentence for each setting of a target that the runs don't have on both sides."""
+    choice = _open(study, study.job.target)
+    for name in study.form.settings:
+        runs, value = getattr(study.points, name), columns[name]
+        low, high = float(runs.min()), float(runs.max())
+        at_end = _END if name == choice else -_END
+        if not low * (1 + at_end) <= value <= high * (1 - at_end):
+            best = ", and another one may be better" if name == choice else ""
+            yield (
+                f"The target's {name}, {value:.3g}, isn't between those of the runs ({low:.3g} to "
+                f"{high:.3g}): nothing tests the law there{best}. Add runs beyond it."
+            )
+
+
+def _cost(study: "StudyFit", n: float | None, held: dict[str, float | None]) -> float:
+    """Return C over per N D of a run with these settings."""
+    logs = {name: np.log(x) for name, x in {"parameters": n, **held}.items() if x}
+    return float(np.exp(study.form.log_cost(logs)))
+
+
+def _intervals(study: "StudyFit", flops: float, n: float | None) -> list[Interval]:
+    """Return the intervals of N*, of D* and of the best setting, from the resampled fits."""
+
+    def best(values: Array) -> Array:
+        return laws.best_setting(study.form, values, flops, study.per_token, _between(study), n)
+
+    ends = study.replicates.interval(study.job.level, best)
+    return [(float(low), float(high)) for low, high in ends.T]

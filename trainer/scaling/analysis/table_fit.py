@@ -10,6 +10,7 @@ say what was done with the table.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -28,11 +29,11 @@ from forescale.scaling.fitting import bootstrap, laws
 from forescale.scaling.fitting.fit import Fit, fit
 from forescale.scaling.fitting.isoflop import IsoFlop, isoflop
 from forescale.scaling.fitting.objective import Objective
-from forescale.scaling.fitting.points import Array, near_best, spent
+from forescale.scaling.fitting.points import SETTINGS, Array, near_best, spent
 from forescale.scaling.forecasting.calibrated import Backtest, CalibratedLaw, backtests, calibrate
 from forescale.scaling.forecasting.forecaster import Forecaster
 from forescale.scaling.forecasting.predictor import COMBINED, LAW, Discrepancy, Predicted
-from forescale.scaling.records.records import points
+from forescale.scaling.records.records import PER, points
 
 _OTHERS = {"Huber 1e-3": 1e-3, "Huber 3e-2": 3e-2, "least absolute deviations": 0.0}
 
@@ -47,7 +48,7 @@ class StudyFit:
 
     def __init__(self, table: pd.DataFrame, job: StudyJob, where: str):
         self.job, self.notes, self.records = job, list[str](), table
-        self.form, self.goal = laws.FORMS[job.form], Objective.of(job.delta, job.residual)
+        self.goal = Objective.of(job.delta, job.residual)
         table = table[table["fitted"]] if "fitted" in table else table
         is_finite = table["loss"] < np.inf  # False for NaN too
         if not is_finite.all():
@@ -59,11 +60,17 @@ class StudyFit:
             self.notes.append(f"The {drop} runs with a loss of {limit:.4g} or more are left out.")
             table = table[table["loss"] < limit]
         table = table.reset_index(drop=True)
-        reads_experts = "expansion" in self.form.columns
-        if reads_experts and "parameters" not in table and job.size != "active":
+        if job.form == "experts" and "parameters" not in table and job.size != "active":
             problem = f"{job.size} counts experts that a token doesn't use, the law "
-            raise UserError("size", f"{problem}{self.form.name} doesn't", "write size=active")
-        self.all_points = every = points(table, job.size, job.cost, where)
+            raise UserError("size", f"{problem}{job.form} doesn't", "write size=active")
+        every = points(table, job.size, job.cost, where)
+        self.form = laws.FORMS[job.form].suited(every.varied)
+        if self.form.PRICED:
+            logs = {c: every.log(c) for c in self.form.columns}
+            cost = logs["parameters"] + logs["tokens"] + self.form.log_cost(logs)
+            every = replace(every, flops=PER * np.exp(cost))
+            self.notes.append(self.form.PRICED)
+        self.all_points = every
         if "tokens" not in table and every.tokens is not None:
             self.notes.append("The table has no tokens: D is computed as C / 6N.")
         n = every.parameters if "budget" not in table and every.tokens is not None else None
@@ -83,10 +90,9 @@ class StudyFit:
         near, table = self.job.near, self.table
         if near is None or "budget" not in table:
             return np.ones(len(table), dtype=bool)
-        budgets = table["budget"].to_numpy()
-        if (known := self.all_points.expansion) is not None:  # each has its own optimum
-            rows = np.stack((budgets, known), axis=1)
-            budgets = np.unique(rows, axis=0, return_inverse=True)[1].ravel()
+        # Each setting has its own optimum.
+        rows = np.stack((table["budget"].to_numpy(), *self.all_points.varied.values()), axis=1)
+        budgets = np.unique(rows, axis=0, return_inverse=True)[1].ravel()
         mask = near_best(table["loss"].to_numpy(), budgets, near)
         if not mask.all():
             rule = f"within {near:.0%} of the least loss of their budget, or its best three"
@@ -94,10 +100,9 @@ class StudyFit:
         return mask
 
     @property
-    def has_expansions(self) -> bool:
-        """Return True if the runs differ in their expansion."""
-        expansion = self.all_points.expansion
-        return expansion is not None and bool(np.ptp(expansion) > 0)
+    def per_token(self) -> float:
+        """Return C over N D, beside what the settings of a run cost."""
+        return PER if self.form.PRICED else self.points.per_token
 
     @cached_property
     def backtests(self) -> list[Backtest]:
@@ -131,18 +136,23 @@ class StudyFit:
     @cached_property
     def doubts(self) -> list[str]:
         """Return what makes the numbers doubtful as sentences, the most serious first."""
-        sentences, known = list[str](), self.all_points.expansion
-        if self.has_expansions and known is not None and "expansion" not in self.form.columns:
-            sentences.append(
-                "The runs' expansion (experts over those that a token uses) is "
-                f"{known.min():.3g} to {known.max():.3g}, which the law {self.form.name} does not "
-                "know: write form=experts size=active, or keep runs of one expansion with rows=."
-            )
+        sentences = [
+            f"The runs' {name} ({SETTINGS[name][0]}) is {x.min():.3g} to {x.max():.3g}, which the "
+            f"law {self.form.name} does not know: write form={SETTINGS[name][1]}, or keep runs of "
+            f"one {name} with rows=."
+            for name, x in self.all_points.varied.items()
+            if name not in self.form.columns
+        ]
         target = None
         if self.job.target.is_given:
-            target = Target(*prediction.run_of(self, self.job.target)[1:])
-        level, columns = self.job.level, self.job.columns
-        facts = (self.table, self.all_points, self.replicates, self.isoflop, target, level, columns)
+            columns, *run = prediction.run_of(self, self.job.target)
+            target = Target(*run)
+            sentences += prediction.setting_doubts(self, columns)
+        level, names = self.job.level, self.job.columns
+        table, runs = self.table, self.all_points
+        if self.form.PRICED:  # doubts of C are of one that is N D alone
+            table, runs = table.drop(columns="budget", errors="ignore"), replace(runs, flops=None)
+        facts = (table, runs, self.replicates, self.isoflop, target, level, names)
         return [*sentences, *doubts(*facts), *self.disagreements()]
 
     @property
@@ -198,8 +208,8 @@ class StudyFit:
         """Return the isoFLOP analysis; the error if it fails, None if the table has no budgets."""
         if "budget" not in self.table:
             return None
-        if self.has_expansions:
-            return "Runs of one budget differ in their expansion: keep one of them with rows=."
+        if different := " and ".join(self.all_points.varied):
+            return f"Runs of one budget differ in their {different}: keep one with rows=."
         try:
             return isoflop(self.all_points, self.table["budget"].to_numpy(), self.job.near)
         except UserError as e:

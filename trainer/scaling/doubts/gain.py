@@ -34,7 +34,8 @@ Path = tuple[Array, Array, Array]  # log C, log L and its error over the noise, 
 def gain_doubts(points: Points, budgets: Array | None, law: Fit) -> list[str]:
     """Return a sentence if the losses show a sudden gain. points: all runs; budgets: of each, (n,),
     if they have any; law: the fitted one."""
-    if points.flops is None and (points.parameters is None or points.tokens is None):
+    unknown = points.flops is None and (points.parameters is None or points.tokens is None)
+    if unknown or points.varied:  # which bits or experts a run has moves its loss too
         return []
     x, y, paths = np.log(spent(points)), points.log("loss"), list[Path]()
     squares, freedom = 0.0, 0

@@ -10,20 +10,21 @@ from millions to thousands. `evaluate` is analytic, so that a complex step gives
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from forescale.ground.errors import UserError
-from forescale.scaling.fitting.points import Array, Points
+from forescale.scaling.fitting.points import SETTINGS, Array, Points
 
 EXPONENTS = (1e-4, 5.0)  # the least and the greatest
 FADED = np.log(1e-12)  # a term with this log share of the loss at the centre counts as absent
 _STEP = 1e-30  # size of the imaginary step
+Features: TypeAlias = dict[int, list[tuple[int, Any]]]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,24 @@ class Form(ABC):
     columns: tuple[str, ...]
     exponents: tuple[str, ...]
     ranges: tuple[tuple[float, float, int], ...]
+    # The setting whose best value of a compute can be found, and where it is looked for; a bound
+    # that is None is that of the runs.
+    CHOICE: ClassVar[str] = ""
+    BETWEEN: ClassVar[tuple[float | None, float | None]] = (None, None)
+    PRICED: ClassVar[str] = ""  # how C is counted, if it is 6 N D times what settings cost
+
+    def suited(self, columns: Collection[str]) -> "Form":
+        """Return the form of this law that reads these columns of a table."""
+        return self
+
+    def log_cost(self, logs: Mapping[str, Any]) -> Any:
+        """Return the log of C / 6 N D of runs by the logs of their columns, if PRICED."""
+        return 0.0
+
+    @property
+    def settings(self) -> list[str]:
+        """Return the columns that a target gives beside N, D and C."""
+        return [c for c in self.columns if c in SETTINGS]
 
     @property
     def size(self) -> int:
@@ -118,7 +137,7 @@ class Form(ABC):
 
     def predict(self, values: Mapping[str, float] | ArrayLike, **columns: ArrayLike) -> Array:
         """Return the loss of m runs, (..., m), by published parameters, (..., p). columns:
-        parameters=, tokens=, flops=, unique_tokens=, expansion=, as far as the law reads them.
+        parameters=, tokens= and others of Points, as far as the law reads them.
         Raises UserError if one is missing."""
         vector = self.vector(values)
         inputs = {k: np.log(np.atleast_1d(np.asarray(v, dtype=float))) for k, v in columns.items()}
@@ -157,24 +176,27 @@ class PowerSum(Form):
         exponents = [e for _, e in places]
         return [(c, e if exponents.count(e) == 1 else -1) for c, e in places]
 
-    def logs(self, theta: Any, at: Design) -> dict[str, Any]:
-        """Return the log of each term's column, (n,) or (R, n)."""
-        return at.logs
+    def features(self, logs: Mapping[str, Any], centre: Mapping[str, float]) -> Features:
+        """Return what the log of each term has beside the log of its coefficient: the places in
+        theta, each with its factor, (n,) or (R, n), which does not depend on theta."""
+        places = zip(self.terms, self._places(), strict=True)
+        return {c: [(e, -logs[t.column])] if e >= 0 else [] for t, (c, e) in places}
 
     def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
-        places, logs = self._places(), self.logs(theta, at)
+        features = self.features(at.logs, at.centre)
         n = next(iter(at.logs.values())).shape[-1]
         jacobian = np.zeros((len(theta), self.size, n), dtype=theta.dtype)
-        for term, (c, e) in zip(self.terms, places, strict=True):
-            log = theta[:, c, None] - (theta[:, e, None] * logs[term.column] if e >= 0 else 0.0)
-            jacobian[:, c] = np.exp(log)
-        first, *rest = (jacobian[:, c] for c, _ in places)
+        for c, rows in features.items():
+            jacobian[:, c] = np.exp(
+                sum((theta[:, i, None] * x for i, x in rows), theta[:, c, None])
+            )
+        first, *rest = (jacobian[:, c] for c in features)
         total = sum(rest, first)
         share = 1 / total
-        for term, (c, e) in zip(self.terms, places, strict=True):
+        for c, rows in features.items():
             jacobian[:, c] *= share
-            if e >= 0:
-                jacobian[:, e] -= jacobian[:, c] * logs[term.column]
+            for i, x in rows:
+                jacobian[:, i] += jacobian[:, c] * x
         return np.log(total), jacobian
 
     def curvature(self, theta: Array, at: Design, jacobian: Array, pull: Array) -> Array:
@@ -182,15 +204,15 @@ class PowerSum(Form):
         of a term is linear in theta, with gradient u, so that L, the sum of terms, has the second
         derivatives sum(share * u u') times L."""
         total = np.zeros((len(theta), self.size, self.size))
-        for term, (c, e) in zip(self.terms, self._places(), strict=True):
+        for c, rows in self.features(at.logs, at.centre).items():
             drawn = jacobian[:, c] * pull
             total[:, c, c] += drawn.sum(-1)
-            if e >= 0:
-                x = at.logs[term.column]
-                first, second = drawn @ x, drawn @ x**2
-                total[:, c, e] -= first
-                total[:, e, c] -= first
-                total[:, e, e] += second
+            for i, x in rows:
+                first = drawn @ x
+                total[:, c, i] += first
+                total[:, i, c] += first
+                for j, z in rows:
+                    total[:, i, j] += drawn @ (x * z)
         return total
 
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
@@ -201,13 +223,14 @@ class PowerSum(Form):
         return np.array(low), np.array(high)
 
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
-        of = {s: i for i, s in enumerate(self.exponents)}
+        of = {self.symbols.index(s): i for i, s in enumerate(self.exponents)}
+        features = self.features(at.logs, at.centre)
         n = next(iter(at.logs.values())).shape[-1]
-        basis = np.ones((len(grid), len(self.terms), n))
-        for k, term in enumerate(self.terms):
-            if term.exponent:
-                basis[:, k] = np.exp(-grid[:, of[term.exponent], None] * at.logs[term.column])
-        return basis, np.ones(len(grid))
+        basis = np.zeros((len(grid), len(features), n))
+        for k, rows in enumerate(features.values()):
+            for i, x in rows:
+                basis[:, k] += grid[:, of[i], None] * x
+        return np.exp(basis), np.ones(len(grid))
 
     def assemble(self, grid: Array, coefficients: Array) -> Array:
         of = {s: grid[:, i] for i, s in enumerate(self.exponents)}

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from forescale.ground.errors import UserError
-from forescale.scaling.fitting.forms import EXPONENTS, Design, Form, PowerSum, Term
+from forescale.scaling.fitting.effective import DATA_CONSTRAINED, PRECISION, QUANTISED
+from forescale.scaling.fitting.forms import EXPONENTS, Design, Features, Form, PowerSum, Term
 from forescale.scaling.fitting.points import Array
 
 _STEP = 1e-30
@@ -131,69 +132,6 @@ KAPLAN = Kaplan(
 )
 
 
-@dataclass(frozen=True)
-class DataConstrained(PowerSum):
-    """The Chinchilla law on effective data, for training on repeated tokens.
-
-    D' = U + U R_D (1 - exp(-(D / U - 1) / R_D)): the value of a token falls each time it is
-    repeated. (The source also lets the value of parameters fall beyond the size that U suffices
-    for, with all but R_D and R_N held; this law has all else free and no R_N.)
-    """
-
-    def _effective(self, log_r: Any, at: Design) -> tuple[dict[str, Any], Any]:
-        """Return the centred logs of N and D', (R, n), and the derivative of log D' by log R_D."""
-        tokens, unique = (at.logs[c] + at.centre[c] for c in ("tokens", "unique_tokens"))
-        unique = np.minimum(tokens, unique)
-        again = np.expm1(tokens - unique)  # repetitions
-        r = np.exp(log_r[:, None])
-        faded = np.exp(-again / r)
-        worth = 1 + r * (1 - faded)
-        logs = {**at.logs, "tokens": unique - at.centre["tokens"] + np.log(worth)}
-        return logs, (r * (1 - faded) - again * faded) / worth
-
-    def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
-        logs, slope = self._effective(theta[:, 5], at)
-        m, jacobian = super().evaluate(theta, Design(logs, at.centre))
-        jacobian[:, 5] = -theta[:, 4, None] * jacobian[:, 1] * slope
-        return m, jacobian
-
-    def curvature(self, theta: Array, at: Design, jacobian: Array, pull: Array) -> Array:
-        return Form.curvature(self, theta, at, jacobian, pull)  # by a complex step
-
-    def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
-        low, high = super().bounds(at, log_loss)
-        low[5], high[5] = np.log(1e-2), np.log(1e4)
-        return low, high
-
-    def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
-        logs, _ = self._effective(np.log(grid[:, 2]), at)
-        return super().basis(grid, Design(logs, at.centre))
-
-    def assemble(self, grid: Array, coefficients: Array) -> Array:
-        return np.hstack((np.log(coefficients), grid[:, :2], np.log(grid[:, 2:])))
-
-    def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
-        values = super().published(theta, centre)
-        values[:, 5:] = np.exp(theta[:, 5:])
-        return values
-
-    def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
-        theta = super().internal(values, centre)
-        theta[:, 5:] = np.log(np.asarray(values)[:, 5:])
-        return theta
-
-
-DATA_CONSTRAINED = DataConstrained(
-    "data-constrained",
-    "Muennighoff et al. 2023, arXiv 2305.16264, eq. 5",
-    (*CHINCHILLA.symbols, "R_D"),
-    ("parameters", "tokens", "unique_tokens"),
-    (*CHINCHILLA.exponents, "R_D"),
-    ((0.06, 1.2, 8), (0.06, 1.2, 8), (1, 100, 5)),
-    CHINCHILLA.terms,
-)
-
-
 def effective_expansion(log_expansion: Array) -> Array:
     """Return ln X of ln(expansion), (n,). Ludziejewski et al. 2025, eq. 4 (of Clark et al. 2022,
     arXiv 2202.01169), over its value at 1."""
@@ -213,38 +151,16 @@ class Experts(PowerSum):
     table 3). Unlike all other exponents, delta, gamma, omega and zeta may have either sign.
     """
 
-    def _features(self, at: Design) -> dict[int, list[tuple[int, Array]]]:
-        """Return the derivatives of each term's log by theta, {coefficient: [(place, (n,))]}. They
-        don't depend on theta. N and D are centred in the exponents alpha and beta alone, so that
-        delta and omega are as published."""
-        x = effective_expansion(at.logs["expansion"] + at.centre["expansion"])
-        features: dict[int, list[tuple[int, Array]]] = {2: [(2, np.ones_like(x))]}
-        for c, e, first, column in ((0, 3, _FIRST, "parameters"), (1, 4, _FIRST + 2, "tokens")):
-            log = at.logs[column]
-            rows = ((c, np.ones_like(x)), (e, -log), (first, -x))
-            features[c] = [*rows, (first + 1, -x * (log + at.centre[column]))]
+    CHOICE = "expansion"
+
+    def features(self, logs: Mapping[str, Any], centre: Mapping[str, float]) -> Features:
+        # N and D are centred in the exponents alpha and beta alone, so that delta and omega are as
+        # published.
+        x = effective_expansion(logs["expansion"] + centre["expansion"])
+        features = super().features(logs, centre)
+        for c, first, column in ((0, _FIRST, "parameters"), (1, _FIRST + 2, "tokens")):
+            features[c] += [(first, -x), (first + 1, -x * (logs[column] + centre[column]))]
         return features
-
-    def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
-        shares, features = {}, self._features(at)
-        for c, rows in features.items():
-            shares[c] = np.exp(sum(theta[:, place, None] * row for place, row in rows))
-        total = sum(shares.values())
-        jacobian = np.zeros((len(theta), self.size, total.shape[-1]), dtype=theta.dtype)
-        for c, rows in features.items():
-            for place, row in rows:
-                jacobian[:, place] = shares[c] / total * row
-        return np.log(total), jacobian
-
-    def curvature(self, theta: Array, at: Design, jacobian: Array, pull: Array) -> Array:
-        """Return the weighted sum of second derivatives in closed form; see PowerSum.curvature."""
-        total = np.zeros((len(theta), self.size, self.size))
-        for c, rows in self._features(at).items():
-            drawn = jacobian[:, c] * pull
-            for i, one in rows:
-                for j, other in rows:
-                    total[:, i, j] += drawn @ (one * other)
-        return total
 
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
         low, high = super().bounds(at, log_loss)
@@ -255,12 +171,6 @@ class Experts(PowerSum):
     def grid(self) -> Array:
         both = super().grid()  # the four others start at no effect of experts
         return np.hstack((both, np.zeros((len(both), len(_SIGNED)))))
-
-    def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
-        rows = self._features(at)
-        theta = np.hstack((np.zeros((len(grid), 3)), grid))
-        logs = [sum(theta[:, place, None] * row for place, row in rows[c]) for c in range(3)]
-        return np.exp(np.stack(logs, axis=1)), np.ones(len(grid))
 
 
 EXPERTS = Experts(
@@ -282,6 +192,8 @@ FORMS: Mapping[str, Form] = {
     "frontier": FRONTIER,
     "data-constrained": DATA_CONSTRAINED,
     "experts": EXPERTS,
+    "precision": PRECISION,
+    "quantised": QUANTISED,
 }
 
 
@@ -302,20 +214,21 @@ def compute_optimal(
     values: Mapping[str, float] | ArrayLike,
     flops: ArrayLike,
     per_parameter_token: float = 6.0,
-    **held: float | None,
+    **held: ArrayLike | None,
 ) -> tuple[Array, Array]:
     """Return the compute-optimal N* and D*, (..., m) each, at m budgets of FLOPs.
 
-    They have the least loss with C = per_parameter_token N D, by published parameters, (..., p).
-    Found by bisection of the exact slope along the budget (a complex step): each law has one
-    minimum there. held: unique_tokens= and expansion=, of laws that read them. Raises UserError for
-    a law without N and D, and if a held column is missing.
+    They have the least loss with C = per_parameter_token N D (times what a PRICED law's settings
+    cost), by published parameters, (..., p). Found by bisection of the exact slope along the budget
+    (a complex step): each law has one minimum there. held: unique_tokens= and settings, (m,) or one
+    for each of the parameters, (R, 1). Raises UserError for a law without N and D, and if a held
+    column is missing.
     """
     if not {"parameters", "tokens"} <= set(form.columns):
         raise UserError(form.name, "the law does not read N and D", "fit a law that does")
     others = [c for c in form.columns if c not in ("parameters", "tokens")]
     for name in others:
-        if not held.get(name):
+        if held.get(name) is None:
             problem = f"the law reads the {name.replace('_', ' ')}"
             raise UserError(form.name, problem, f"give {name}=")
     vector = form.vector(values)
@@ -323,13 +236,52 @@ def compute_optimal(
     zero = dict.fromkeys(form.columns, 0.0)
     theta = form.internal(vector.reshape(-1, form.size), zero).astype(complex)
     low = np.zeros((len(theta), len(budget)))
-    fixed = {name: low + np.log(held[name] or 1.0) for name in others}
+    fixed = {name: low + np.log(np.asarray(held[name], dtype=float)) for name in others}
     high = low + budget
     for _ in range(64):
         n = (low + high) / 2
-        aside = n + _STEP * 1j
-        logs = {"parameters": aside, "tokens": budget - aside, **fixed}
-        falls = form.evaluate(theta, Design(logs, zero))[0].imag < 0
+        falls = _along(form, theta, budget, {"parameters": n + _STEP * 1j, **fixed})[0].imag < 0
         low, high = np.where(falls, n, low), np.where(falls, high, n)
-    n = ((low + high) / 2).reshape(*vector.shape[:-1], -1)
-    return np.exp(n), np.exp(budget - n)
+    n = (low + high) / 2
+    d = budget - n - form.log_cost({"parameters": n, **fixed})
+    n, d = (np.exp(x).reshape(*vector.shape[:-1], -1) for x in (n, d))
+    return n, d
+
+
+def _along(form: Form, theta: Array, budget: Array, logs: dict[str, Array]) -> tuple[Array, Array]:
+    """Return log loss and log D, (R, m), of runs that cost a budget: log C over that of 6 N D."""
+    d = budget - logs["parameters"] - form.log_cost(logs)
+    zero = dict.fromkeys(form.columns, 0.0)
+    return form.evaluate(theta, Design({**logs, "tokens": d}, zero))[0], d
+
+
+def best_setting(
+    form: Form,
+    values: ArrayLike,
+    flops: float,
+    per: float,
+    between: tuple[float, float],
+    parameters: float | None = None,
+) -> Array:
+    """Return N*, D* and the best setting of a compute, (R, 3), by published parameters, (R, p).
+
+    The setting is the law's CHOICE; between: where it is looked for; parameters: N, if it is held.
+    Found by bisection of the exact slope, as N* for each setting: one minimum is assumed.
+    """
+    budget = np.log([flops / per])
+    theta = form.internal(form.vector(values), dict.fromkeys(form.columns, 0.0)).astype(complex)
+    low, high = (np.full((len(theta), 1), np.log(end)) for end in between)
+
+    def size(x: Array) -> Array:
+        if parameters is not None:
+            return np.full_like(x, np.log(parameters))
+        at = {form.CHOICE: np.exp(x)}
+        return np.log(compute_optimal(form, values, flops, per, **at)[0])
+
+    for _ in range(40):
+        x = (low + high) / 2
+        logs = {"parameters": size(x), form.CHOICE: x + _STEP * 1j}
+        falls = _along(form, theta, budget, logs)[0].imag < 0
+        low, high = np.where(falls, x, low), np.where(falls, high, x)
+    logs = {"parameters": size(x), form.CHOICE: x}
+    return np.exp(np.hstack((logs["parameters"], _along(form, theta, budget, logs)[1], x)))

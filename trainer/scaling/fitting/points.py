@@ -22,7 +22,7 @@ class Points:
 
     loss: held-out, in nats per token or another unit that all share; parameters: N; tokens: D, seen
     in training; flops: C of training; unique_tokens: U, in the data that D was drawn from;
-    expansion: experts of a layer over those that a token uses, 1 in a dense model;
+    expansion and so on: see SETTINGS;
     convention: how N, D, C and the loss are counted, one string or one per run; where: names the
     data in messages. Raises UserError for values without a logarithm, for columns of different
     lengths and for runs of different conventions.
@@ -34,6 +34,11 @@ class Points:
     flops: Array | None = None
     unique_tokens: Array | None = None
     expansion: Array | None = None
+    bits: Array | None = None
+    weight_bits: Array | None = None
+    activation_bits: Array | None = None
+    cache_bits: Array | None = None
+    post_bits: Array | None = None
     convention: str | Sequence[str] = ""
     where: str = "points"
 
@@ -84,6 +89,12 @@ class Points:
         c, n, d = (self.log(name) for name in ("flops", "parameters", "tokens"))
         return float(np.exp(np.mean(c - n - d)))
 
+    @property
+    def varied(self) -> dict[str, Array]:
+        """Return the settings in which the runs differ, (n,) each."""
+        known = {c: x for c in SETTINGS if (x := getattr(self, c)) is not None}
+        return {c: x for c, x in known.items() if np.ptp(x) > 0}
+
     def columns(self, names: Sequence[str] | None = None) -> dict[str, Array]:
         """Return what a law reads of the runs, (n,) each: all columns but the loss, or these."""
         present = [c for c in COLUMNS[1:] if getattr(self, c) is not None]
@@ -116,4 +127,13 @@ def near_best(loss: Array, budgets: Array, near: float | None) -> Array:
     return mask
 
 
-COLUMNS = ("loss", "parameters", "tokens", "flops", "unique_tokens", "expansion")
+# What a run has beside N, D and C, and the law that reads it.
+SETTINGS = {
+    "expansion": ("experts over those that a token uses", "experts size=active"),
+    "bits": ("bits of weights, activations and cache in training", "precision"),
+    "weight_bits": ("bits of weights in training", "precision"),
+    "activation_bits": ("bits of activations in training", "precision"),
+    "cache_bits": ("bits of the cache of keys and values in training", "precision"),
+    "post_bits": ("bits of weights that were quantised after training", "quantised"),
+}
+COLUMNS = ("loss", "parameters", "tokens", "flops", "unique_tokens", *SETTINGS)

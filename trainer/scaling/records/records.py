@@ -33,7 +33,7 @@ from forescale.run.abilities import column_of
 from forescale.run.directory import Run
 from forescale.run.rows import read_rows
 from forescale.run.stored import StoredSource
-from forescale.scaling.fitting.points import COLUMNS, Array, Points
+from forescale.scaling.fitting.points import COLUMNS, SETTINGS, Array, Points
 
 Convention = Literal["blocks_and_head", "non_embedding", "total", "active"]  # of N
 SIZES: tuple[Convention, ...] = get_args(Convention)
@@ -267,7 +267,7 @@ def points(table: pd.DataFrame, size: str, cost: str, where: str) -> Points:
     if tokens is None and sizes is not None and "flops" in table:
         tokens = table["flops"] / PER / sizes
     columns = {"parameters": sizes, "flops": costs, "tokens": tokens}
-    for name in ("unique_tokens", "expansion"):
+    for name in ("unique_tokens", *SETTINGS):
         column = table.get(name)
         columns[name] = None if column is None or column.isna().any() else column
     arrays = {name: column.to_numpy() for name, column in columns.items() if column is not None}

@@ -146,20 +146,21 @@ class Figures:
         if form.columns == ("flops",):
             return {"flops": flops}
         fixed = self._held
-        n, d = laws.compute_optimal(form, values, flops, self.study.points.per_token, **fixed)
+        n, d = laws.compute_optimal(form, values, flops, self.study.per_token, **fixed)
         rest = {name: np.full_like(n, value) for name, value in fixed.items()}
         return {"parameters": n, "tokens": d, **rest}
 
     @cached_property
     def _held(self) -> dict[str, float]:
-        """The columns that the law reads beside N and D, at one value: the target's expansion, or
-        that of most runs."""
+        """The columns that the law reads beside N and D, at one value: the target's, its best
+        one, or that of most runs."""
         study, values_of = self.study, dict[str, float]()
         if "unique_tokens" in study.form.columns:
             values_of["unique_tokens"] = _UNREPEATED
-        if "expansion" in study.form.columns and study.points.expansion is not None:
-            values, counts = np.unique(study.points.expansion, return_counts=True)
-            values_of["expansion"] = study.job.target.expansion or float(values[counts.argmax()])
+        at = self.prediction.settings if isinstance(self.prediction, Prediction) else {}
+        for name in study.form.settings:
+            values, counts = np.unique(study.points.columns([name])[name], return_counts=True)
+            values_of[name] = at.get(name, float(values[counts.argmax()]))
         return values_of
 
     def isoflop(self) -> Picture:

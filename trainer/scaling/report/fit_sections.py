@@ -100,6 +100,9 @@ def answer(
             if np.isfinite(value):  # not by a law of C alone
                 ends = Markup(" ({})").format(span(f.sizes[i], 3)) if f.sizes else ""
                 rows.append([name, Markup("{}{}").format(number(value, 4), ends)])
+        for name, value in f.settings.items():
+            ends = Markup(" ({}), the best").format(span(f.best[name], 3)) if name in f.best else ""
+            rows.append([name.replace("_", " "), Markup("{}{}").format(number(value, 3), ends)])
         compute = Markup("{} FLOPs, {} times the most expensive run")
         factor = number(f.extrapolation_factor, 4)
         rows.append(["Compute", compute.format(number(f.flops, 4), factor)])

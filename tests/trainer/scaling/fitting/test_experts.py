@@ -81,7 +81,7 @@ def test_a_study_predicts_a_target_with_experts():
     truth = EXPERTS.predict(MIXTURE, parameters=4e9, tokens=1e11, expansion=16)[0]
     assert law.loss == pytest.approx(truth, rel=0.01)
     with pytest.raises(UserError, match="target: has no expansion"):
-        study(runs(n=120), target=TargetPoint(flops=1e22)).predict()
+        study(runs(n=120), target=TargetPoint(parameters=1e9, tokens=1e11)).predict()
 
 
 def test_runs_of_one_expansion_are_refused():
