@@ -47,15 +47,18 @@ def pilot_cells(common: Common, budget: float, centre: float, spread: float) -> 
 
 def with_batch(common: Common, middle: Cell, best: RateBatchResponse) -> Common:
     """Return the common settings with the batch that a pilot found, and its learning rate. common:
-    with a rule that was fitted to the pilot's sweeps; middle: the cell whose batch was varied."""
+    with a rule that was fitted to the pilot's sweeps; middle: the cell whose batch was varied.
+    Where the best batch or rate is at an end of those tried, rates change as the square root of the
+    batch does (Malladi et al. 2022, arXiv 2205.10286)."""
     rule = common.rule
     factor = best.batch / middle.global_batch
+    # Without an optimum inside, the best of a few noisy runs says little of the rate.
+    of_rate = best.learning_rate / middle.learning_rate if best.inside else math.sqrt(factor)
     k, a, b = rule.rate
     low, high = rule.bounds
     changed = replace(
         rule, scale=rule.scale * factor, bounds=(low * min(1.0, factor), high),
-        rate=(k * best.learning_rate / middle.learning_rate, a, b),
-        highest=max(rule.highest, 2 * best.learning_rate),
+        rate=(k * of_rate, a, b), highest=rule.highest * max(1.0, of_rate),
     )  # fmt: skip
     # What a rank feeds at once divides what it fed before, and isn't more than its batch.
     each = 2 ** math.floor(math.log2(max(1.0, best.batch / common.ranks)))

@@ -1,10 +1,13 @@
 """A pilot finds sizes, batch and learning rate before the first run of the law."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from forescale import cli
+from forescale.scaling.design.pilot import with_batch
+from forescale.scaling.design.tuning import RateBatchResponse
 from forescale.scaling.study.decisions import advance
 from forescale.scaling.study.directory import Study
 from tests.trainer.scaling import fake_training
@@ -78,6 +81,21 @@ def test_the_first_sizes_are_around_the_optimum_of_the_pilot(piloted):
     best = pilot.loc[pilot["loss"].idxmin(), "parameters_blocks_and_head"]
     assert min(sizes) < best < max(sizes)
     assert sizes != [c.shape.parameters for c in planned.stage(1).cells if c.role == "grid"]
+
+
+@pytest.mark.parametrize(("inside", "of_rate"), [(True, 3.0), (False, 0.5)])
+def test_a_best_batch_at_an_end_says_nothing_of_the_rate(piloted, inside, of_rate):
+    """Rates then follow the square root of the batch."""
+    planned, _, _ = piloted
+    middle = next(c for c in planned.stage(0).cells if c.role == "pilot")
+    best = RateBatchResponse(
+        3 * middle.learning_rate, middle.global_batch / 4, inside, () if inside else ("batch",), 0.0
+    )
+    rule = with_batch(planned.common, middle, best).rule
+    n, d = middle.shape.counts.non_embedding, 1e12
+    before = replace(planned.common.rule, highest=1e9).learning_rate(n, d)
+    assert replace(rule, highest=1e9).learning_rate(n, d) == pytest.approx(of_rate * before)
+    assert rule.batch(d) == pytest.approx(planned.common.rule.batch(d) / 4)
 
 
 def test_no_law_is_fitted_to_the_pilot(piloted):
