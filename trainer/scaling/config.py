@@ -25,14 +25,15 @@ class TargetPoint:
     # form=experts: experts of a layer over those that a token uses; 1: a dense model; with
     # target.flops, null is the best one
     expansion: float | None = key(None, ge=1)
-    # form=precision: bits of weights, activations and cache alike; with target.flops, null is the
-    # best number; of tables with a column for each of the three, the next three keys instead
+    # form=precision: bits of all parts alike (null: the best, with target.flops), or of each part
     bits: float | None = key(None, gt=0)
     weight_bits: float | None = key(None, gt=0)
     activation_bits: float | None = key(None, gt=0)
     cache_bits: float | None = key(None, gt=0)
     # form=quantised: bits of the weights after training
     post_bits: float | None = key(None, gt=0)
+    # form=vocabulary: N_v, its size times the model's width; null: the best, with target.flops
+    vocabulary: float | None = key(None, gt=0)
     # compute of the target run in device-hours, at plan.rate FLOP/s
     device_hours: float | None = key(None, gt=0)
     # D of shorter runs that branch off the target; each is predicted too
@@ -55,7 +56,7 @@ class TargetPoint:
 
 LawName = Literal[
     "chinchilla", "shared-exponent", "over-training", "kaplan", "frontier", "data-constrained",
-    "experts", "precision", "quantised", "auto",
+    "experts", "precision", "quantised", "vocabulary", "auto",
 ]  # fmt: skip
 _DEFAULT_ARGUMENTS = ["data=bytes", "optimizer=adamw", "validation.every=100 %"]
 

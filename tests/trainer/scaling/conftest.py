@@ -32,7 +32,8 @@ def columns() -> dict[str, np.ndarray]:
     bits = rng.permuted(np.tile([[3.0, 4.0, 5.0, 6.0, 8.0, 16.0]], (5, 10)), axis=1)
     names = ("bits", "weight_bits", "activation_bits", "cache_bits", "post_bits")
     plain = {"parameters": N, "tokens": D, "unique_tokens": U, "expansion": X, "flops": 6 * N * D}
-    return plain | dict(zip(names, bits, strict=True))
+    words = N ** rng.uniform(0.6, 0.9, 60)
+    return plain | dict(zip(names, bits, strict=True)) | {"vocabulary": words}
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,10 @@ AFTER = {"C_T": 0.0598, "gamma_D": 0.5068, "gamma_N": 0.3439, "gamma_post": 0.59
 BY_PARTS = laws.PRECISION.suited(["weight_bits", "activation_bits", "cache_bits"])
 LAWS += [(laws.PRECISION, SIZED | {"gamma": 4.0}), (BY_PARTS, SIZED | PARTS),
          (laws.QUANTISED, SIZED | AFTER)]  # fmt: skip
+# Tao et al. 2024, from their repository (N and N_v in millions, D in billions), plus 10.
+WORDS = {"A": 875.826, "A_v": 2071.72, "B": 22214.4, "E": 4.46722, "alpha_v": 0.670737,
+         "beta": 0.446606}  # fmt: skip
+LAWS.append((laws.VOCABULARY, WORDS))
 NAMES = [f"{form.name}, {form.size}" for form, _ in LAWS]
 
 

@@ -184,6 +184,34 @@ EXPERTS = Experts(
 )
 
 
+@dataclass(frozen=True)
+class Vocabulary(PowerSum):
+    """The law of the size of the vocabulary, L = E + A N^-beta + A_v N_v^-alpha_v + B D^-beta.
+
+    N_v: parameters of the vocabulary; N: all others. L is one that vocabularies don't change, such
+    as the loss over that of unigrams (plus a constant: it is negative), or bits per byte.
+    """
+
+    CHOICE = "vocabulary"
+    BETWEEN = (1e4, 1e13)
+    PRICED = "C is 6 (N + N_v) D."
+
+    def log_cost(self, logs: Mapping[str, Any]) -> Any:
+        return np.log1p(np.exp(logs["vocabulary"] - logs["parameters"]))
+
+
+VOCABULARY = Vocabulary(
+    "vocabulary",
+    "Tao et al. 2024, arXiv 2407.13623, eq. 6, with alpha_1 = beta as there",
+    ("A", "A_v", "B", "E", "alpha_v", "beta"),
+    ("parameters", "tokens", "vocabulary"),
+    ("alpha_v", "beta"),
+    ((0.04, 1.6, 14),) * 2,
+    (Term("A", "beta", "parameters"), Term("A_v", "alpha_v", "vocabulary"),
+     Term("B", "beta", "tokens"), Term("E")),
+)  # fmt: skip
+
+
 FORMS: Mapping[str, Form] = {
     "chinchilla": CHINCHILLA,
     "shared-exponent": SHARED_EXPONENT,
@@ -194,6 +222,7 @@ FORMS: Mapping[str, Form] = {
     "experts": EXPERTS,
     "precision": PRECISION,
     "quantised": QUANTISED,
+    "vocabulary": VOCABULARY,
 }
 
 

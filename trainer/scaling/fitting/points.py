@@ -39,6 +39,7 @@ class Points:
     activation_bits: Array | None = None
     cache_bits: Array | None = None
     post_bits: Array | None = None
+    vocabulary: Array | None = None
     convention: str | Sequence[str] = ""
     where: str = "points"
 
@@ -135,5 +136,6 @@ SETTINGS = {
     "activation_bits": ("bits of activations in training", "precision"),
     "cache_bits": ("bits of the cache of keys and values in training", "precision"),
     "post_bits": ("bits of weights that were quantised after training", "quantised"),
+    "vocabulary": ("parameters of the vocabulary, N_v", "vocabulary"),
 }
 COLUMNS = ("loss", "parameters", "tokens", "flops", "unique_tokens", *SETTINGS)

@@ -257,7 +257,8 @@ def points(table: pd.DataFrame, size: str, cost: str, where: str) -> Points:
     A table with both and without tokens gets D = C / 6N. Raises UserError if the runs differ in a
     column that must be equal (HELD).
     """
-    mixed = [(name, table[name].nunique()) for name in HELD if name in table]
+    free = ("vocab_size", "tokenizer") if "vocabulary" in table else ()  # by a normalised loss
+    mixed = [(name, table[name].nunique()) for name in HELD if name in table and name not in free]
     if different := [f"{n} different values of {name}" for name, n in mixed if n > 1]:
         problem = f"losses are not comparable: the runs have {' and '.join(different)}"
         raise UserError(where, problem, "fit only runs that share them")
