@@ -23,7 +23,7 @@ TARGET = (
     "target.parameters", "target.tokens", "target.flops", "target.served",
     "target.most_parameters", "target.far",
 )  # fmt: skip
-TARGET_OF_LAW = (*TARGET, *(f"target.{setting}" for setting in SETTINGS))
+TARGET_OF_LAW = (*TARGET, *(f"target.{name}" for name in ("unique", *SETTINGS)))
 LINK = ("metric", "link", "chance")
 TASK = ("task", *LINK)
 FIT = (*RUNS, *LAW, *TARGET_OF_LAW, *TASK)

@@ -10,7 +10,8 @@ times it errs by 0.26 of log N, and they by 0.28 to 0.33. D* is C / (per N*).
 
 A model that serves T tokens spends C = per N (D + T / 3), since a forward pass is a third of a
 training step (Sardana et al. 2024, arXiv 2401.00448): its best N is smaller, by the ratio that the
-law gives. A largest N bounds it.
+law gives. So is that of a model whose tokens repeat (Muennighoff et al. 2023, arXiv 2305.16264),
+where parameters fade sooner than tokens. A largest N bounds it.
 
 Invariant: runs without parabolas or shape have the law's N*, with its resampled interval.
 """
@@ -22,6 +23,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from forescale.ground.errors import UserError
+from forescale.scaling.config import TargetPoint
 from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.isoflop import IsoFlop
 from forescale.scaling.fitting.points import Array, spent
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
 # 50 % ones 49 to 56 %.
 NEAR, PER_DECADE, POWER, APART = 0.08, 0.18, 0.8, 0.5
 _FREEDOM = 4  # of Student's t
-_LEAST, _GRID = 1e-3, 1001  # sizes that serve: from this share of N*, so many
+_LEAST, _GRID = 1e-3, 10_001  # sizes that serve or repeat: from this share of N*, so many
+_REPEATED = laws.DATA_CONSTRAINED
 
 Interval = tuple[float, float]
 
@@ -51,17 +54,22 @@ class Optimum:
 
 
 def optimum(
-    study: "StudyFit", flops: float, level: float, served: float = 0.0, most: float | None = None
+    study: "StudyFit", flops: float, level: float, bounds: TargetPoint | None = None
 ) -> Optimum:
-    """Return the best N and D of `flops`, for a law of N and D without further columns. served:
-    tokens that the model will serve; most: the largest N. Raises UserError if serving them takes
-    all of `flops`."""
-    best = _trained(study, flops, level)
-    if not served and most is None:
+    """Return the best N and D of `flops`, for a law of N, D and, maybe, unique tokens. bounds:
+    `served`, `most_parameters` and `unique`. Raises UserError if serving takes all of `flops`."""
+    t = bounds or TargetPoint()
+    if study.form is laws.DATA_CONSTRAINED:
+        return _of_law(study, flops, level, unique_tokens=t.unique)
+    best, served, most = _trained(study, flops, level), t.served, t.most_parameters
+    repeats = t.unique is not None and t.unique < best.tokens
+    if not served and most is None and not repeats:
         return best
     per, n = study.points.per_token, best.parameters
     if served:
-        n *= _served_ratio(study, flops, served)
+        n = best.parameters * _ratio(study, flops, served)
+    if t.unique is not None and flops / (per * n) - served / 3 > t.unique:
+        n = best.parameters * _ratio(study, flops, served, t.unique / best.tokens)
     n = n if most is None else min(n, most)
     left = flops / (per * n) - served / 3
     if left <= 0:
@@ -73,17 +81,22 @@ def optimum(
     return Optimum(n, left, ((low, high), (least, greatest)), {})
 
 
-def _served_ratio(study: "StudyFit", flops: float, served: float) -> float:
-    """Return by what the law's best N changes if `flops` pays for served tokens too."""
-    per = study.points.per_token
-    start = float(laws.compute_optimal(study.form, study.fit.vector, flops, per)[0][0])
+def _ratio(study: "StudyFit", flops: float, served: float, share: float = np.inf) -> float:
+    """Return by what the law's best N changes if `flops` pays for served tokens too, and if only
+    `share` of its D* is unique."""
+    per, law, values = study.points.per_token, study.form, study.fit.vector
+    start, fresh = (float(x[0]) for x in laws.compute_optimal(law, values, flops, per))
     n = start * np.geomspace(_LEAST, 1, _GRID)
     d = flops / (per * n) - served / 3
-    if not (d > 0).any():
+    held, fits = dict[str, float](), d > 0
+    if np.isfinite(share):
+        law, values, held = _REPEATED, laws.repeated(law, values), {"unique_tokens": share * fresh}
+        fits = d > share * fresh
+    if not fits.any():
         problem = f"doesn't pay for serving {served:.3g} tokens, not even of a small model"
         raise UserError("target.flops", problem, "give more FLOPs, or a smaller target.served")
-    loss = study.fit.predict(parameters=n[d > 0], tokens=d[d > 0])
-    return float(n[d > 0][loss.argmin()] / start)
+    loss = law.predict(values, parameters=n[fits], tokens=d[fits], **held)
+    return float(n[fits][loss.argmin()] / start)
 
 
 def _trained(study: "StudyFit", flops: float, level: float) -> Optimum:
@@ -96,7 +109,7 @@ def _trained(study: "StudyFit", flops: float, level: float) -> Optimum:
     if study.forecaster is not None:
         parts["shape"] = float(np.exp(study.forecaster.shape.optimum(np.log(flops))))
     if len(parts) == 1:
-        return Optimum(parts["law"], float(law[1][0]), _resampled(study, flops, level), parts)
+        return _of_law(study, flops, level)
     logs = np.log(list(parts.values()))
     n = float(np.exp(logs.mean()))
     decades = max(0.0, float(np.log10(flops / spent(study.points).max())))
@@ -106,10 +119,13 @@ def _trained(study: "StudyFit", flops: float, level: float) -> Optimum:
     return Optimum(n, d, ((n / half, n * half), (d / half, d * half)), parts)
 
 
-def _resampled(study: "StudyFit", flops: float, level: float) -> tuple[Interval, Interval]:
+def _of_law(study: "StudyFit", flops: float, level: float, **held: float | None) -> Optimum:
+    """Return N* and D* of the law alone, with resampled intervals. held: what else it reads."""
+
     def best(values: Array) -> Array:
-        each = laws.compute_optimal(study.form, values, np.array([flops]), study.points.per_token)
+        each = laws.compute_optimal(study.form, values, flops, study.points.per_token, **held)
         return np.stack([x[..., 0] for x in each], axis=-1)
 
-    (low_n, low_d), (high_n, high_d) = study.replicates.interval(level, best)
-    return (float(low_n), float(high_n)), (float(low_d), float(high_d))
+    n, d = map(float, best(study.fit.vector))
+    ends = study.replicates.interval(level, best).T.tolist()
+    return Optimum(n, d, (tuple(ends[0]), tuple(ends[1])), {"law": n})

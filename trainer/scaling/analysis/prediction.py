@@ -10,7 +10,7 @@ Invariant: the law is the same whatever method predicts the loss.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +19,7 @@ from forescale.ground.errors import UserError
 from forescale.scaling.analysis.optimum import optimum
 from forescale.scaling.config import TargetPoint
 from forescale.scaling.fitting import laws
+from forescale.scaling.fitting.effective import R_N
 from forescale.scaling.fitting.points import Array, spent
 from forescale.scaling.forecasting.combination import PARTS
 from forescale.scaling.forecasting.forecaster import (
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 FAR = 40.0  # greatest extrapolation factor of a prediction without target.far
 _END = 1e-6  # a best setting so near the end of the runs' is the end, relative
 _OF_SIZE = ("parameters", "tokens")
+_CHOSEN = (_OF_SIZE, laws.DATA_CONSTRAINED.columns)  # laws whose N* and D* optimum.py finds
+WORTHLESS = 0.1  # of a fresh token: repeated ones below it bring next to nothing
 
 Interval = tuple[float, float]
 
@@ -50,7 +53,8 @@ class Prediction:
     extrapolation_factor: the run's compute over the greatest of the fit; origins: number of earlier
     forecasts that the intervals were calibrated with; parts: of a combined forecast, by name: the
     loss that each part predicts, and its weight; optima: N* by each way to find it (optimum.py);
-    settings: what the law reads beside N, D and C; best: the interval of the one that was chosen.
+    settings: what the law reads beside N, D and C; best: the interval of the one that was chosen;
+    repetition: what repeated tokens cost, if the target says how many are unique.
     """
 
     method: str
@@ -69,6 +73,7 @@ class Prediction:
     optima: dict[str, float]
     settings: dict[str, float]
     best: dict[str, Interval]
+    repetition: dict[str, float]
 
 
 def forecasters_of(study: "StudyFit") -> list[Forecaster]:
@@ -127,18 +132,22 @@ def predict(study: "StudyFit", target: TargetPoint) -> Prediction | None:
         )
         raise UserError("target", problem, todo)
 
+    repetition = _repetition(study, target, n, d)
+    lost = 0.0 if "unique_tokens" in columns else repetition.get("lost", 0.0)  # else in the law
+
     def loss(values: Array) -> Array:
-        return study.form.predict(values, **columns)[..., 0]
+        return study.form.predict(values, **columns)[..., 0] * np.exp(lost)
 
     level, best, chosen = study.job.level, None, dict[str, Interval]()
-    if not target.parameters and not target.tokens and study.form.columns == _OF_SIZE:
-        best = optimum(study, target.flops or c, level, target.served, target.most_parameters)
+    if not target.parameters and not target.tokens and study.form.columns in _CHOSEN:
+        best = optimum(study, target.flops or c, level, target)
     sizes = best.sizes if best else None
     if choice := _open(study, target):
         held = None if target.parameters is None else n
         of_n, of_d, chosen[choice] = _intervals(study, target.flops or c, held)
         sizes = None if held else (of_n, of_d)
     one = predicted(study, {k: np.array([v]) for k, v in columns.items()}, np.array([c]))
+    one = replace(one, log_loss=one.log_loss + lost)
     inner, outer = (tuple(one.interval(each).ravel().tolist()) for each in (0.5, level))
     forecaster = study.forecaster
     by_combination = forecaster is not None and forecaster.is_beyond(forecaster.shape.per * n * d)
@@ -149,10 +158,31 @@ def predict(study: "StudyFit", target: TargetPoint) -> Prediction | None:
         parts = _parts(forecaster, forecaster.shape.per * n * d, float(one.loss[0]))
     return Prediction(
         COMBINED if by_combination else LAW, n, d, c, float(one.loss[0]), inner, outer,
-        float(study.fit.predict(**columns)[0]), (float(low), float(high)),
+        float(loss(study.fit.vector)), (float(low), float(high)),
         sizes, factor, earlier, parts, best.parts if best else {},
-        {name: columns[name] for name in study.form.settings}, chosen,
+        {name: columns[name] for name in study.form.settings}, chosen, repetition,
     )  # fmt: skip
+
+
+def _repetition(study: "StudyFit", t: TargetPoint, n: float, d: float) -> dict[str, float]:
+    """Return what repeated tokens cost a target; empty if it doesn't say how many are unique.
+
+    lost: log loss above the same run on fresh tokens; epochs_end: those beyond which a repeated
+    token is worth less than WORTHLESS of a fresh one; flops_end: of the best run with so many.
+    """
+    if t.unique is None:
+        return {}
+    law, values = laws.DATA_CONSTRAINED, laws.repeated(study.form, study.fit.vector)
+    at, per = {"parameters": n, "tokens": d}, study.points.per_token
+    loss = law.predict(values, **at, unique_tokens=[min(d, t.unique), d])
+    epochs = 1 - float(values[5]) * float(np.log(WORTHLESS))
+    flops = per * t.unique * np.geomspace(1, 1e15, 601)
+    _, best = laws.compute_optimal(law, values, flops, per, unique_tokens=t.unique)
+    end = float(np.exp(np.interp(np.log(t.unique * epochs), np.log(best), np.log(flops))))
+    return {
+        "unique_tokens": t.unique, "epochs": d / t.unique, "lost": float(np.log(loss[0] / loss[1])),
+        "epochs_end": epochs, "flops_end": end, "R_D": float(values[5]), "R_N": R_N,
+    }  # fmt: skip
 
 
 def _parts(one: Forecaster, budget: float, loss: float) -> dict[str, tuple[float, float]]:
@@ -192,12 +222,11 @@ def run_of(study: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, 
         best_of = laws.best_setting(form, study.fit.vector[None], c, per, ends, n)[0]
         n, d, held[choice] = map(float, best_of)
     elif n is None and d is None and c is not None:
-        if "unique_tokens" in form.columns:
+        if "unique_tokens" in form.columns and t.unique is None:
             problem = "does not say how often data is repeated, which the law reads"
-            todo = "write target.parameters= and target.tokens= instead"
-            raise UserError("target.flops", problem, todo)
-        if form.columns == _OF_SIZE:
-            best = optimum(study, c, study.job.level, t.served, t.most_parameters)
+            raise UserError("target.flops", problem, "write target.unique= beside it")
+        if form.columns in _CHOSEN:
+            best = optimum(study, c, study.job.level, t)
             n, d = best.parameters, best.tokens
             c = per * n * d  # what is spent on training
         else:
@@ -211,7 +240,7 @@ def run_of(study: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, 
         d = d or c / (per * n * _cost(study, n, held))
     columns = {"parameters": n, "tokens": d, **{k: v for k, v in held.items() if v}}
     if "unique_tokens" in form.columns:
-        columns["unique_tokens"] = d
+        columns["unique_tokens"] = min(d, t.unique or d)
     return columns, n, d, c or per * n * d * _cost(study, n, held)
 
 

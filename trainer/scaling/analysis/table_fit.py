@@ -29,7 +29,7 @@ from forescale.scaling.fitting import bootstrap, laws
 from forescale.scaling.fitting.fit import Fit, fit
 from forescale.scaling.fitting.isoflop import IsoFlop, isoflop
 from forescale.scaling.fitting.objective import Objective
-from forescale.scaling.fitting.points import SETTINGS, Array, near_best, spent
+from forescale.scaling.fitting.points import SETTINGS, Array, near_best, repeats, spent
 from forescale.scaling.forecasting.calibrated import Backtest, CalibratedLaw, backtests, calibrate
 from forescale.scaling.forecasting.forecaster import Forecaster
 from forescale.scaling.forecasting.predictor import COMBINED, LAW, Discrepancy, Predicted
@@ -143,6 +143,12 @@ class StudyFit:
             for name, x in self.all_points.varied.items()
             if name not in self.form.columns
         ]
+        count = repeats(self.all_points).sum()
+        if count and "unique_tokens" not in self.form.columns:
+            sentences.append(
+                f"{count} of {len(self.all_points)} runs repeat their data, which the law "
+                f"{self.form.name} takes for fresh: write form=data-constrained."
+            )
         target = None
         if self.job.target.is_given:
             columns, *run = prediction.run_of(self, self.job.target)

@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from forescale.scaling.fitting.forms import Design, Features, Form, PowerSum, Term
-from forescale.scaling.fitting.points import Array
+from forescale.scaling.fitting.points import ONCE, Array
 
+R_D, R_N = 15.387756, 5.309743  # of repeated data: Muennighoff et al. 2023, appendix A
+_SPENT = 50.0  # of log N over V: parameters beyond it are worth nothing
 _FIRST = 5  # index of the first parameter that Chinchilla's law doesn't have
 _SYMBOLS = ("A", "B", "E", "alpha", "beta")
 _TERMS = (Term("A", "alpha", "parameters"), Term("B", "beta", "tokens"), Term("E"))
@@ -71,12 +73,28 @@ class DataConstrained(Effective):
     """The Chinchilla law on effective data, for training on repeated tokens.
 
     D' = U + U R_D (1 - exp(-(D / U - 1) / R_D)): the value of a token falls each time it is
-    repeated. (The source also lets the value of parameters fall beyond the size that U suffices
-    for, with all but R_D and R_N held; this law has all else free and no R_N.)
+    repeated. Where tokens repeat, so does the value of parameters beyond V, whose D* is U: N' is
+    the same of N, V and R_N. R_N is held at the source's, which holds all else: few runs tell it
+    from R_D. Without it, runs along budgets of the source's law give an R_D of 4, not 15.
     """
 
     EXPONENT = 4
     LIMITS = (1e-2, 1e4)
+
+    def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
+        (a, b, _, alpha, beta), n = theta[:, :5, None].swapaxes(0, 1), at.logs["parameters"]
+        unique = at.logs["unique_tokens"] + at.centre["unique_tokens"] - at.centre["tokens"]
+        v = (np.log(alpha / beta) + a - b + beta * unique) / alpha  # centred, as n is
+        fades = (at.logs["tokens"] > unique + np.log(ONCE)) & (n > v)
+        ratio = np.exp(np.minimum(np.where(fades, n - v, 0), _SPENT))
+        worth = 1 - R_N * np.expm1((1 - ratio) / R_N)
+        faded = np.where(fades, v + np.log(worth), n)
+        m, jacobian = super().evaluate(theta, Design({**at.logs, "parameters": faded}, at.centre))
+        slope = np.where(fades, 1 - ratio * np.exp((1 - ratio) / R_N) / worth, 0)
+        by_v = -jacobian[:, 0] * slope  # times alpha, by which those of v are divided
+        for i, by in ((0, 1), (1, -1), (3, 1 / alpha - v), (4, unique - 1 / beta)):
+            jacobian[:, i] += by_v * by
+        return m, jacobian
 
     def effective(self, logs: Any, at: Design) -> tuple[Any, Any]:
         tokens, unique = (at.logs[c] + at.centre[c] for c in ("tokens", "unique_tokens"))
@@ -91,7 +109,7 @@ class DataConstrained(Effective):
 
 DATA_CONSTRAINED = DataConstrained(
     "data-constrained",
-    "Muennighoff et al. 2023, arXiv 2305.16264, eq. 5",
+    "Muennighoff et al. 2023, arXiv 2305.16264, eq. 5 and 6",
     (*_SYMBOLS, "R_D"),
     ("parameters", "tokens", "unique_tokens"),
     ("alpha", "beta", "R_D"),

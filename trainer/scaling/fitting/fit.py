@@ -22,7 +22,7 @@ from forescale.ground.errors import UserError
 from forescale.scaling.fitting.forms import Design, Form, design
 from forescale.scaling.fitting.newton import TOLERANCE, Minimisation, Solved, solve
 from forescale.scaling.fitting.objective import ROUNDING, Objective
-from forescale.scaling.fitting.points import SETTINGS, Array, Points
+from forescale.scaling.fitting.points import SETTINGS, Array, Points, repeats
 
 # Least share of the loss that a term starts with. If the term exists, starts with the lower share
 # need hundreds of steps along a bent valley; if not, few others converge.
@@ -270,8 +270,6 @@ def _refuse_underdetermined(task: Minimisation, points: Points, w: Array) -> Non
             if c in SETTINGS:
                 todo += ", or fit a law without it, such as form=chinchilla"
             raise UserError(points.where, f"all runs have the same {c}", todo)
-    if "unique_tokens" in form.columns and "tokens" in form.columns:
-        repeats = points.log("tokens") > points.log("unique_tokens")
-        if not repeats[w > 0].any():
-            problem = "no run repeats its data"
-            raise UserError(points.where, problem, "fit a law without repeated data")
+    if "unique_tokens" in form.columns and not repeats(points)[w > 0].any():
+        problem = "no run repeats its data"
+        raise UserError(points.where, problem, "fit a law without repeated data")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from forescale.ground.errors import UserError
-from forescale.scaling.fitting.effective import DATA_CONSTRAINED, PRECISION, QUANTISED
+from forescale.scaling.fitting.effective import DATA_CONSTRAINED, PRECISION, QUANTISED, R_D
 from forescale.scaling.fitting.forms import EXPONENTS, Design, Features, Form, PowerSum, Term
 from forescale.scaling.fitting.points import Array
 
@@ -130,6 +130,18 @@ KAPLAN = Kaplan(
     ("alpha_N", "alpha_D"),
     ((0.02, 1.0, 20),) * 2,
 )
+
+
+def repeated(form: Form, values: ArrayLike) -> Array:
+    """Return the parameters of DATA_CONSTRAINED, (..., 6), of a law's, (..., p): with the published
+    R_D, if it has none. Raises UserError for a law without A, B and E."""
+    if form is DATA_CONSTRAINED:
+        return form.vector(values)
+    if form not in (CHINCHILLA, SHARED_EXPONENT):
+        problem = f"the law {form.name} doesn't say what repeated tokens are worth"
+        raise UserError("target.unique", problem, "write form=chinchilla or form=data-constrained")
+    law = form.vector(values)[..., [0, 1, 2, 3, -1]]
+    return np.concatenate((law, np.full_like(law[..., :1], R_D)), axis=-1)
 
 
 def effective_expansion(log_expansion: Array) -> Array:

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from forescale.ground.errors import UserError
 
+ONCE = 1.01  # D over U, up to which D is rounded rather than repeated
 _FEWEST = 3  # runs of a budget that are always kept: fewer don't determine a parabola
 Array = NDArray[Any]  # float64, except masks and indices
 
@@ -112,6 +113,13 @@ def spent(points: Points) -> Array:
     if points.flops is not None:
         return points.flops
     return 6 * np.exp(points.log("parameters") + points.log("tokens"))
+
+
+def repeats(points: Points) -> Array:
+    """Return the mask of the runs that repeat their data, (n,); none if U is not known."""
+    if points.unique_tokens is None or points.tokens is None:
+        return np.zeros(len(points), dtype=bool)
+    return points.tokens > ONCE * points.unique_tokens
 
 
 def near_best(loss: Array, budgets: Array, near: float | None) -> Array:

@@ -156,7 +156,7 @@ class Figures:
         one, or that of most runs."""
         study, values_of = self.study, dict[str, float]()
         if "unique_tokens" in study.form.columns:
-            values_of["unique_tokens"] = _UNREPEATED
+            values_of["unique_tokens"] = study.job.target.unique or _UNREPEATED
         at = self.prediction.settings if isinstance(self.prediction, Prediction) else {}
         for name in study.form.settings:
             values, counts = np.unique(study.points.columns([name])[name], return_counts=True)

@@ -14,10 +14,11 @@ from markupsafe import Markup
 from forescale.pages.document import Cell, Section, number, percent, span
 from forescale.scaling.analysis.backtest import MINIMA, Scores
 from forescale.scaling.analysis.forecast import Forecast, rivals
-from forescale.scaling.analysis.prediction import Prediction
+from forescale.scaling.analysis.prediction import WORTHLESS, Prediction
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import StudyJob
 from forescale.scaling.fitting.isoflop import IsoFlop
+from forescale.scaling.fitting.laws import DATA_CONSTRAINED
 from forescale.scaling.forecasting.predictor import BANDS, COMBINED, LAW, LINE, band_name, band_of
 from forescale.scaling.study.directory import TARGET
 
@@ -103,6 +104,10 @@ def answer(
         for name, value in f.settings.items():
             ends = Markup(" ({}), the best").format(span(f.best[name], 3)) if name in f.best else ""
             rows.append([name.replace("_", " "), Markup("{}{}").format(number(value, 3), ends)])
+        if f.repetition:
+            epochs, u = (number(f.repetition[k], 3) for k in ("epochs", "unique_tokens"))
+            rows.append(["Epochs", Markup("{} of {} unique tokens").format(epochs, u)])
+            after += _repetition(study, f)
         compute = Markup("{} FLOPs, {} times the most expensive run")
         factor = number(f.extrapolation_factor, 4)
         rows.append(["Compute", compute.format(number(f.flops, 4), factor)])
@@ -113,6 +118,27 @@ def answer(
     else:
         after.append("No reason was found to doubt the numbers.")
     return Section("prediction", "Answer", rows=rows, after=after, strong=True)
+
+
+def _repetition(study: StudyFit, f: Prediction) -> list[Cell]:
+    """Return what repeated tokens cost the target, and where more epochs bring nothing."""
+    facts, level = f.repetition, study.job.level
+    cost: Cell = "Nothing is repeated: the target has unique tokens enough."
+    if lost := facts["lost"]:
+        cost = Markup("Repetition costs {} of the loss ({}), beside the same run on fresh tokens.")
+        cost = cost.format(number(-f.loss * math.expm1(-lost), 3), percent(math.expm1(lost)))
+    source: Cell = "both as published by Muennighoff et al. 2023, not of these runs"
+    if study.form is DATA_CONSTRAINED:
+        ends = study.replicates.interval(level)[:, 5]
+        source = Markup("R*_D of these runs ({:.0%}: {}), R*_N as published").format(
+            level, span(ends, 3)
+        )
+    text = (
+        "Beyond {} epochs, which the best run has at {} FLOPs, a repeated token is worth less than "
+        "{:.0%} of a fresh one, so that more epochs bring next to nothing (R*_D {}, R*_N {}: {})."
+    )
+    end, flops, r_d, r_n = (number(facts[k], 3) for k in ("epochs_end", "flops_end", "R_D", "R_N"))
+    return [cost, Markup(text).format(end, flops, WORTHLESS, r_d, r_n, source)]
 
 
 def _losses(loss: float, outer: Ends, inner: Ends, level: float) -> list[list[Cell]]:

@@ -331,7 +331,8 @@ def forecast_cells(study: Study, table: pd.DataFrame, cells: Sequence[Cell], log
     count = 0
     for c in cells:
         flops = c.flops[study.plan.common.cost]
-        target = TargetPoint(float(c.shape.parameters), float(c.tokens), flops)
+        unique = study.job.target.unique
+        target = TargetPoint(float(c.shape.parameters), float(c.tokens), flops, unique=unique)
         try:
             write_forecast(law, study.forecasts, c.name, target)
             count += 1
@@ -352,12 +353,12 @@ def add_target(study: Study, log: Log) -> None:
     flops = t.flops or (t.device_hours or 0) * 3600 * (common.rate or 0)
     if t.parameters:
         shape = common.family.solve(t.parameters)
-    else:  # by the parabolas if there are budgets, else by the law
-        if "budget" in table:
+    else:  # by the parabolas if there are budgets, else by the law, as where tokens repeat
+        if "budget" in table and t.unique is None:
             best = optimum(table, study.job)(flops)
         else:
             law = law_of(table, study.job, f"{len(table)} runs of {study.folder}")
-            best = run_of(law, TargetPoint(flops=flops))[1]
+            best = run_of(law, TargetPoint(flops=flops, unique=t.unique))[1]
         (shape,) = common.family.nearest([best])
     tokens = t.tokens or flops / common.per_token(shape.model)[common.cost]
     ruled = replace(common, rule=rule_of(study.plan))

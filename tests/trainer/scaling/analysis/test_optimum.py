@@ -1,12 +1,16 @@
 """N* and D* of a compute, by three ways at once."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from forescale.ground.errors import UserError
 from forescale.scaling.analysis.optimum import optimum
 from forescale.scaling.config import TargetPoint
+from forescale.scaling.fitting.laws import CHINCHILLA, DATA_CONSTRAINED, compute_optimal
+from forescale.scaling.report.fit_sections import answer
 from tests.trainer.scaling.analysis.test_forecast import study, table
+from tests.trainer.scaling.iso_flop_runs import TRUTH
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,70 @@ def test_a_largest_model_bounds_the_best_one(fit):
     assert (same.parameters, same.loss) == (best.parameters, best.loss)
 
 
+def test_a_model_whose_tokens_repeat_is_the_best_of_all_by_brute_force():
+    c, unique = 3e21, 1e10
+    law = study(rows=table(noise=0))  # all ways to N* agree
+    best, one = (law.predict(TargetPoint(flops=c, unique=u)) for u in (None, unique))
+    assert law.predict(TargetPoint(flops=c, unique=best.tokens * 1.01)).loss == best.loss
+    n = one.parameters * np.geomspace(0.2, 5, 2001)
+    d = c / (law.points.per_token * n)
+    v = law.fit.values
+    fed = (v["alpha"] * v["A"] / v["beta"] / v["B"] * unique ** v["beta"]) ** (1 / v["alpha"])
+    again = 1 + 15.387756 * (1 - np.exp(-(d / unique - 1) / 15.387756))
+    excess = 1 + 5.309743 * (1 - np.exp(-(n / fed - 1) / 5.309743))
+    sizes, tokens = np.where(n > fed, fed * excess, n), unique * again
+    loss = v["E"] + v["A"] * sizes ** -v["alpha"] + v["B"] * tokens ** -v["beta"]
+    assert one.parameters == pytest.approx(n[loss.argmin()], rel=0.003)
+    assert one.parameters < best.parameters
+    assert one.law == pytest.approx(loss.min(), rel=1e-5)
+    facts = one.repetition
+    assert facts["epochs"] == one.tokens / unique
+    fresh = law.predict(TargetPoint(parameters=one.parameters, tokens=one.tokens)).loss
+    assert np.exp(facts["lost"]) == pytest.approx(one.loss / fresh)
+    assert facts["epochs_end"] == pytest.approx(1 + 15.387756 * np.log(10))
+    there = law.predict(TargetPoint(flops=facts["flops_end"], unique=unique, far=True))
+    assert there.repetition["epochs"] == pytest.approx(facts["epochs_end"], rel=0.01)
+
+
+def test_repetition_moves_the_mean_of_all_ways_and_serving_too(fit):
+    c, per = 3e21, fit.points.per_token
+    best = fit.predict(TargetPoint(flops=c))
+    one = fit.predict(TargetPoint(flops=c, unique=best.tokens / 10))
+    assert 0.6 < one.parameters / best.parameters < 0.9
+    assert one.optima == {}
+    (low, high), _ = one.sizes
+    assert np.log(high / low) == pytest.approx(np.log(np.divide(*best.sizes[0][::-1])))
+    both = fit.predict(TargetPoint(flops=c, unique=best.tokens / 10, served=5e11))
+    assert both.parameters < one.parameters
+    assert per * both.parameters * (both.tokens + 5e11 / 3) == pytest.approx(c)
+
+
+def test_runs_that_repeat_give_their_own_constant_and_are_named_without_it():
+    """Runs of the source's law, along budgets, with three amounts of data."""
+    values = TRUTH | {"R_D": 15.387756}
+    parts = []
+    for unique in (1e9, 8e9, 1e13):
+        rows = table(noise=0.003).drop(columns="budget")
+        at = {c: rows[c].to_numpy() for c in ("parameters", "tokens")}
+        pure = DATA_CONSTRAINED.predict(values, **at, unique_tokens=unique)
+        noise = rows["loss"] / CHINCHILLA.predict(TRUTH, **at)
+        parts.append(rows.assign(loss=pure * noise, unique_tokens=np.minimum(unique, at["tokens"])))
+    rows = pd.concat(parts, ignore_index=True)
+    own = study("form=data-constrained", rows=rows)
+    low, high = own.replicates.interval(0.9)[:, 5]
+    assert 10 < low < own.fit.values["R_D"] < high < 25
+    one = own.predict(TargetPoint(flops=3e21, unique=8e9))
+    truth = compute_optimal(DATA_CONSTRAINED, values, 3e21, unique_tokens=8e9)[0][0]
+    assert one.parameters == pytest.approx(truth, rel=0.1)
+    assert one.sizes[0][0] < one.parameters < one.sizes[0][1]
+    assert one.repetition["R_D"] == own.fit.values["R_D"]
+    text = str(answer(own, one).after)
+    assert "R*_D of these runs (90%: " in text
+    doubt = study(rows=rows).doubts[0]
+    assert "runs repeat their data, which the law chinchilla takes for fresh" in doubt
+    assert not any("repeat their data" in text for text in own.doubts)
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
@@ -77,6 +145,7 @@ def test_a_largest_model_bounds_the_best_one(fit):
             "target.flops: doesn't pay for serving 1e\\+16 tokens",
         ),
         (TargetPoint(parameters=1e9, tokens=1e11, served=1e9), "write target.flops= alone beside"),
+        (TargetPoint(flops=1e22, unique=1e9, served=1e16), "doesn't pay for serving"),
         (TargetPoint(tokens=1e11, flops=1e21, most_parameters=1e9), "target.most_parameters: choo"),
     ],
 )

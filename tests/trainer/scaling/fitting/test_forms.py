@@ -14,6 +14,7 @@ from forescale.scaling.fitting.laws import (
     SHARED_EXPONENT,
     allocation,
     compute_optimal,
+    repeated,
 )
 from forescale.scaling.fitting.objective import LEAST_SQUARES, Objective, curvatures, local
 from tests.trainer.scaling.some_laws import BASE, LAWS, NAMES
@@ -82,7 +83,7 @@ def test_published_and_internal_are_one_to_one(form, values, make):
 
 
 def test_the_formulas_are_those_of_the_papers():
-    N, D, U = 1.3e9, 7.0e10, 2.0e10
+    N, D = 1.3e9, 7.0e10
     assert CHINCHILLA.predict(BASE, parameters=N, tokens=D) == pytest.approx(
         1.8 + 400 * N**-0.34 + 2000 * D**-0.37
     )
@@ -98,14 +99,35 @@ def test_the_formulas_are_those_of_the_papers():
     assert FRONTIER.predict({"K": 9.0, "E": 1.7, "gamma": 0.1}, flops=C) == pytest.approx(
         1.7 + 9 * C**-0.1
     )
-    seen_again = U + U * 15.4 * (1 - np.exp(-(D / U - 1) / 15.4))
-    theta = dict(parameters=N, tokens=D, unique_tokens=U)
-    assert DATA_CONSTRAINED.predict(BASE | {"R_D": 15.4}, **theta) == pytest.approx(
-        1.8 + 400 * N**-0.34 + 2000 * seen_again**-0.37
-    )
     few = dict(parameters=1e9, tokens=np.array([1e10, 2e10]))  # none is repeated
     computed = DATA_CONSTRAINED.predict(BASE | {"R_D": 3.0}, unique_tokens=2e10, **few)
     np.testing.assert_allclose(computed, CHINCHILLA.predict(BASE, **few))
+
+
+# The authors' own: README of huggingface/datablations, "Parametric Fit".
+C4 = {"A": np.exp(6.255414), "B": np.exp(7.3049974), "E": np.exp(0.6254804)} | {
+    "alpha": 0.3526596, "beta": 0.3526596, "R_D": 15.387756,
+}  # fmt: skip
+
+
+def test_repeated_tokens_and_excess_parameters_are_worth_what_the_authors_print():
+    runs = dict(parameters=[6.34e9, 8.67e9], tokens=[242e9, 178e9], unique_tokens=25e9)
+    losses = DATA_CONSTRAINED.predict(C4, **runs)
+    np.testing.assert_allclose(losses, [2.2256440889984477, 2.2269634075087867], rtol=1e-12)
+    budget = 6 * 8.67e9 * 178e9
+    (n,), (d,) = compute_optimal(DATA_CONSTRAINED, C4, budget, unique_tokens=25e9)
+    assert f"{d / 1e9:.0f}B tokens, {d / 25e9:.1f} epochs, {n / 1e9:.1f}B parameters" == (
+        "227B tokens, 9.1 epochs, 6.8B parameters"
+    )
+
+
+def test_of_a_law_without_repetition_the_published_constant_is_taken():
+    chinchilla = [C4[s] for s in CHINCHILLA.symbols]
+    assert repeated(CHINCHILLA, chinchilla).tolist() == list(C4.values())
+    assert repeated(SHARED_EXPONENT, chinchilla[:4]).tolist() == list(C4.values())
+    assert repeated(DATA_CONSTRAINED, [1, 2, 3, 4, 5, 6]).tolist() == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(UserError, match="kaplan doesn't say what repeated tokens are worth"):
+        repeated(KAPLAN, [1, 2, 3, 4])
 
 
 @pytest.mark.parametrize(("form", "values"), LAWS[:4], ids=NAMES[:4])
