@@ -31,7 +31,10 @@ export SLURM_CONF={root}/slurm.conf
 exec nsenter -t "$pid" -n -u -- {client} "$@"
 """
 
-# cred_expire is also how long a requeued job waits before it may run again.
+# cred_expire is also how long a requeued job waits before it may run again: 120 s elsewhere. So
+# here such a job can meet orders that were meant for its life before: to a lost node SLURM sends
+# the end of a step again after 60 s, and where a node that was given up registers a step, it has
+# the job's processes killed there (the job is then FAILED by signal 9, and not requeued).
 CONF = """\
 ClusterName=lab
 SlurmctldHost={login}({login_address})
