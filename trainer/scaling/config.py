@@ -42,7 +42,8 @@ class TargetPoint:
     run: str | None = key(None, common=True)
     # with target.flops: tokens that the model will serve; target.flops pays for them too
     served: float = key(0.0, ge=0)
-    most_parameters: float | None = key(None, gt=0)  # with target.flops: the largest N that fits
+    # with target.flops: the largest N that fits; form=experts: all experts of a layer counted
+    most_parameters: float | None = key(None, gt=0)
     # tokens that exist: D beyond them is repeated, and worth less
     unique: float | None = key(None, gt=0)
     far: bool = False  # predict beyond 40 times the compute of the largest run too

@@ -9,7 +9,7 @@
 Invariant: the law is the same whatever method predicts the loss.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -143,9 +143,9 @@ def predict(study: "StudyFit", target: TargetPoint) -> Prediction | None:
         best = optimum(study, target.flops or c, level, target)
     sizes = best.sizes if best else None
     if choice := _open(study, target):
-        held = None if target.parameters is None else n
-        of_n, of_d, chosen[choice] = _intervals(study, target.flops or c, held)
-        sizes = None if held else (of_n, of_d)
+        ends = study.replicates.interval(level, _best(study, target)).T
+        of_n, of_d, chosen[choice] = ((float(low), float(high)) for low, high in ends)
+        sizes = None if target.parameters else (of_n, of_d)
     one = predicted(study, {k: np.array([v]) for k, v in columns.items()}, np.array([c]))
     one = replace(one, log_loss=one.log_loss + lost)
     inner, outer = (tuple(one.interval(each).ravel().tolist()) for each in (0.5, level))
@@ -202,10 +202,13 @@ def run_of(study: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, 
     """
     n, d, c = t.parameters, t.tokens, t.flops
     form, per = study.form, study.per_token
-    if (t.served or t.most_parameters) and (n or d or not c or form.columns != _OF_SIZE):
+    choice = _open(study, t)
+    if (t.served or (t.most_parameters and not choice)) and (
+        n or d or not c or form.columns != _OF_SIZE
+    ):
         key = "target.served" if t.served else "target.most_parameters"
         raise UserError(key, "chooses N and D of a compute", "write target.flops= alone beside it")
-    choice, held = _open(study, t), {name: getattr(t, name) for name in form.settings}
+    held = {name: getattr(t, name) for name in form.settings}
     for name in held:
         if held[name] is None and name != choice:
             todo = f"write target.{name}="
@@ -218,9 +221,7 @@ def run_of(study: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, 
             raise UserError("target", problem, "write target.flops=")
         return {"flops": c}, float("nan"), float("nan"), c
     if choice and c is not None:
-        ends = _between(study)
-        best_of = laws.best_setting(form, study.fit.vector[None], c, per, ends, n)[0]
-        n, d, held[choice] = map(float, best_of)
+        n, d, held[choice] = map(float, _best(study, t)(study.fit.vector[None])[0])
     elif n is None and d is None and c is not None:
         if "unique_tokens" in form.columns and t.unique is None:
             problem = "does not say how often data is repeated, which the law reads"
@@ -252,13 +253,6 @@ def _open(study: "StudyFit", t: TargetPoint) -> str:
     return "" if getattr(t, choice) is not None else choice
 
 
-def _between(study: "StudyFit") -> Interval:
-    """Return where the best setting is looked for."""
-    runs = getattr(study.points, study.form.CHOICE)
-    low, high = study.form.BETWEEN
-    return float(runs.min()) if low is None else low, float(runs.max()) if high is None else high
-
-
 def setting_doubts(study: "StudyFit", columns: Mapping[str, float]) -> Iterator[str]:
     """Yield a sentence for each setting of a target that the runs don't have on both sides."""
     choice = _open(study, study.job.target)
@@ -267,10 +261,12 @@ def setting_doubts(study: "StudyFit", columns: Mapping[str, float]) -> Iterator[
         low, high = float(runs.min()), float(runs.max())
         at_end = _END if name == choice else -_END
         if not low * (1 + at_end) <= value <= high * (1 - at_end):
-            best = ", and another one may be better" if name == choice else ""
+            place, why = "outside of", "where nothing tests the law"
+            if low * (1 - _END) <= value <= high * (1 + _END):
+                place, why = "at an end of", "so that another one may be better"
             yield (
-                f"The target's {name}, {value:.3g}, isn't between those of the runs ({low:.3g} to "
-                f"{high:.3g}): nothing tests the law there{best}. Add runs beyond it."
+                f"The target's {name}, {value:.3g}, is {place} those of the runs ({low:.3g} to "
+                f"{high:.3g}), {why}. Add runs beyond it."
             )
 
 
@@ -280,11 +276,19 @@ def _cost(study: "StudyFit", n: float | None, held: dict[str, float | None]) -> 
     return float(np.exp(study.form.log_cost(logs)))
 
 
-def _intervals(study: "StudyFit", flops: float, n: float | None) -> list[Interval]:
-    """Return the intervals of N*, of D* and of the best setting, from the resampled fits."""
-
-    def best(values: Array) -> Array:
-        return laws.best_setting(study.form, values, flops, study.per_token, _between(study), n)
-
-    ends = study.replicates.interval(study.job.level, best)
-    return [(float(low), float(high)) for low, high in ends.T]
+def _best(study: "StudyFit", t: TargetPoint) -> Callable[[Array], Array]:
+    """Return the function from parameters of the law, (R, p), to N*, D* and the best setting.
+    Raises UserError if a largest N can't be compared with the runs' total parameters."""
+    form, largest, low, high = study.form, t.most_parameters, *study.form.BETWEEN
+    runs, share = getattr(study.points, form.CHOICE), 0.0  # of the experts in the active parameters
+    ends = float(runs.min()) if low is None else low, float(runs.max()) if high is None else high
+    if largest and form.CHOICE == "expansion":
+        if (total := study.table.get("parameters_total")) is None:
+            problem = "bounds all experts, and the table has no total parameters"
+            raise UserError("target.most_parameters", problem, "add a column parameters_total")
+        ratio = total[study.is_fitted].to_numpy(dtype=float) / study.points.parameters
+        share = float(np.median((ratio[runs > 1] - 1) / (runs[runs > 1] - 1)))
+    most = largest and (lambda log: np.log(largest) - np.log1p(share * np.expm1(log)))
+    return lambda values: laws.best_setting(
+        form, values, t.flops or 1.0, study.per_token, ends, t.parameters, most or None
+    )

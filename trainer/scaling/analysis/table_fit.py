@@ -156,9 +156,10 @@ class StudyFit:
             sentences += prediction.setting_doubts(self, columns)
         level, names = self.job.level, self.job.columns
         table, runs = self.table, self.all_points
+        iso = None if set(runs.varied) & set(self.form.columns) else self.isoflop
         if self.form.PRICED:  # doubts of C are of one that is N D alone
             table, runs = table.drop(columns="budget", errors="ignore"), replace(runs, flops=None)
-        facts = (table, runs, self.replicates, self.isoflop, target, level, names)
+        facts = (table, runs, self.replicates, iso, target, level, names)
         return [*sentences, *doubts(*facts), *self.disagreements()]
 
     @property

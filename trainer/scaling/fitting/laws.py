@@ -4,7 +4,7 @@ Invariant: coefficients are positive, and exponents are those of falling powers 
 whatever sign the source prints.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -303,10 +303,12 @@ def best_setting(
     per: float,
     between: tuple[float, float],
     parameters: float | None = None,
+    most: Callable[[Any], Any] | None = None,
 ) -> Array:
     """Return N*, D* and the best setting of a compute, (R, 3), by published parameters, (R, p).
 
-    The setting is the law's CHOICE; between: where it is looked for; parameters: N, if it is held.
+    The setting is the law's CHOICE; between: where it is looked for; parameters: N, if it is held;
+    most: the log of the largest N, of the log of the setting.
     Found by bisection of the exact slope, as N* for each setting: one minimum is assumed.
     """
     budget = np.log([flops / per])
@@ -315,13 +317,16 @@ def best_setting(
 
     def size(x: Array) -> Array:
         if parameters is not None:
-            return np.full_like(x, np.log(parameters))
-        at = {form.CHOICE: np.exp(x)}
-        return np.log(compute_optimal(form, values, flops, per, **at)[0])
+            return np.full_like(x.real, np.log(parameters))
+        at = {form.CHOICE: np.exp(x.real)}
+        n = np.log(compute_optimal(form, values, flops, per, **at)[0])
+        # N* moves no loss; a bound that moves with the setting does, by its imaginary part.
+        return n if most is None else np.where(most(x.real) < n, most(x), n)
 
     for _ in range(40):
         x = (low + high) / 2
-        logs = {"parameters": size(x), form.CHOICE: x + _STEP * 1j}
+        aside = x + _STEP * 1j
+        logs = {"parameters": size(aside), form.CHOICE: aside}
         falls = _along(form, theta, budget, logs)[0].imag < 0
         low, high = np.where(falls, x, low), np.where(falls, high, x)
     logs = {"parameters": size(x), form.CHOICE: x}

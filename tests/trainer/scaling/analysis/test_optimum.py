@@ -122,19 +122,19 @@ def test_runs_that_repeat_give_their_own_constant_and_are_named_without_it():
         noise = rows["loss"] / CHINCHILLA.predict(TRUTH, **at)
         parts.append(rows.assign(loss=pure * noise, unique_tokens=np.minimum(unique, at["tokens"])))
     rows = pd.concat(parts, ignore_index=True)
-    own = study("form=data-constrained", rows=rows)
-    low, high = own.replicates.interval(0.9)[:, 5]
-    assert 10 < low < own.fit.values["R_D"] < high < 25
-    one = own.predict(TargetPoint(flops=3e21, unique=8e9))
+    by_epochs = study("form=data-constrained", rows=rows)
+    low, high = by_epochs.replicates.interval(0.9)[:, 5]
+    assert 10 < low < by_epochs.fit.values["R_D"] < high < 25
+    one = by_epochs.predict(TargetPoint(flops=3e21, unique=8e9))
     truth = compute_optimal(DATA_CONSTRAINED, values, 3e21, unique_tokens=8e9)[0][0]
     assert one.parameters == pytest.approx(truth, rel=0.1)
     assert one.sizes[0][0] < one.parameters < one.sizes[0][1]
-    assert one.repetition["R_D"] == own.fit.values["R_D"]
+    assert one.repetition["R_D"] == by_epochs.fit.values["R_D"]
     text = str(answer(own, one).after)
     assert "R*_D of these runs (90%: " in text
     doubt = study(rows=rows).doubts[0]
     assert "runs repeat their data, which the law chinchilla takes for fresh" in doubt
-    assert not any("repeat their data" in text for text in own.doubts)
+    assert not any("repeat their data" in text for text in by_epochs.doubts)
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,27 @@ def test_a_study_predicts_a_target_with_experts():
         study(runs(n=120), target=TargetPoint(parameters=1e9, tokens=1e11)).predict()
 
 
+def test_the_best_expansion_of_a_compute_fits_into_the_memory():
+    """The best of a grid, by the law itself; without a bound, the most experts that runs had."""
+    points, share, flops, most = runs(noise=0.002, n=90), 0.6, 1e21, 1e10
+    e = np.geomspace(1, 32, 500)
+    n = np.concatenate([compute_optimal(EXPERTS, MIXTURE, flops, expansion=x)[0] for x in e])
+    n = np.minimum(n, most / (1 + share * (e - 1)))
+    loss = EXPERTS.predict(MIXTURE, parameters=n, tokens=flops / 6 / n, expansion=e)
+    bound = {"target": TargetPoint(flops=flops, most_parameters=most), "form": "experts"}
+    one = study(points, **bound)
+    with pytest.raises(UserError, match="add a column parameters_total"):
+        one.predict()
+    one.table["parameters_total"] = points.parameters * (1 + share * (points.expansion - 1))
+    law = one.predict()
+    low, high = law.best["expansion"]
+    assert low < e[loss.argmin()] < high < 32
+    assert law.parameters == pytest.approx(most / (1 + share * (law.settings["expansion"] - 1)))
+    free = study(points, target=TargetPoint(flops=flops))
+    assert free.predict().settings["expansion"] == pytest.approx(32)
+    assert "another one may be better" in " ".join(free.doubts)
+
+
 def test_runs_of_one_expansion_are_refused():
     points = runs()
     one = points.take(points.expansion == 8)
