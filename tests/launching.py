@@ -1,7 +1,8 @@
 """Runs `forescale train` for tests in a process of its own, and sends it signals.
 
 That process is a fork of one that has imported all (tests/warm.py), and so are its ranks, unless
-the start is `cold`: as a user starts it, each process from nothing and with its own seed of hashes.
+the start is `cold`: as a user starts it, each process from nothing and with its own seed of hashes,
+and the summary at its end, whose sample of text takes as long as a hundred steps.
 """
 
 import json
@@ -19,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
+from forescale.config.target import CELL
 from tests import warm
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +44,7 @@ def start(
     words = ["train", f"run.root={folder}", *SHORT, *model, *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     if not cold:
-        return warm.Launcher(words, folder, environment)
+        return warm.Launcher([*words, CELL], folder, environment)
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "forescale", *words],
         env=environment,

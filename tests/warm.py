@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -77,7 +77,9 @@ def load() -> None:
     from forescale.engine.optimizers.muon import import_muon
 
     import_muon()
-    compose(TrainJob, [])  # what composes configurations imports its parts when it is first called
+    # What composes configurations imports its parts when it is first called, and keeps files.
+    for stage, optimizer in product(range(4), ("muon", "adamw")):
+        compose(TrainJob, [f"engine=zero{stage}", f"optimizer={optimizer}"])
     torch.set_num_threads(1)
     os.environ.clear()
     os.environ.update(before)

@@ -385,7 +385,7 @@ def _quiet_deepspeed() -> None:
     logger.setLevel(logging.ERROR)
     # DeepSpeed calls functions that newer versions of torch have renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {}  # else each rank compiles programs to see what it could
 
 
 def compare_nothing() -> None:
