@@ -130,7 +130,7 @@ def test_runs_that_repeat_give_their_own_constant_and_are_named_without_it():
     assert one.parameters == pytest.approx(truth, rel=0.1)
     assert one.sizes[0][0] < one.parameters < one.sizes[0][1]
     assert one.repetition["R_D"] == by_epochs.fit.values["R_D"]
-    text = str(answer(own, one).after)
+    text = str(answer(by_epochs, one).after)
     assert "R*_D of these runs (90%: " in text
     doubt = study(rows=rows).doubts[0]
     assert "runs repeat their data, which the law chinchilla takes for fresh" in doubt
