@@ -1,6 +1,7 @@
 """The metric of a task, predicted in two steps: N and D to a loss, the loss to the metric.
 
-    step 1    a law of the task's own loss, or of the table's, as `study fit` makes it
+    step 1    the forecast of the task's own loss, or of the table's, as `study fit` makes it: by
+              the combination beyond the budgets of a table that has them, else by the law
     step 2    a link from that loss to the metric (fitting/links.py), fitted to observed losses
     chained   the loss predicted for a run, put into the link
     backtest  these two steps at every origin, beside a straight line in log C through the best runs

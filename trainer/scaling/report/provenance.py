@@ -87,6 +87,7 @@ def counted(study: StudyFit) -> tuple[str, str, str]:
     cost = "as the table counts" if "flops" in table else study.job.cost
     is_native = "validation" in table or "loss_definition" in table
     unit = "nats a token" if is_native else "the table's unit"
+    cost = "as the law counts" if study.form.PRICED else cost
     return size, "6 N D" if p.flops is None else cost, unit
 
 
