@@ -4,13 +4,14 @@
     optimum   of each sweep, by the parabola or the surface of tuning.py
     law       log best = log k + sum of exponent * log N, log D or log C; least squares over sweeps
     interval  Student's t, from the scatter of the optima around the law
+    critical  the batch from which larger ones cost tokens, of sweeps of both
 
 Invariant: a best run at the edge of a sweep is no optimum; such a sweep is refused with the reason.
 A batch is in tokens. A law is not fitted against columns that its sweeps don't tell apart. A run
 without a finite loss diverged, and is worse than all others.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from scipy.special import stdtrit
 from forescale.ground.errors import UserError
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.tuning import rate_batch_response, tuned
-from forescale.scaling.fitting.points import Array, Points, spent
+from forescale.scaling.fitting.points import Array, spent
 from forescale.scaling.records.records import points
 
 SYMBOLS = {"parameters": "N", "tokens": "D", "flops": "C"}
@@ -29,6 +30,7 @@ RATE, BATCH = "learning rate", "batch"
 _SAME = 0.02  # D of one sweep are this near; a batch may not divide them evenly
 _APART = 0.1  # least spread of a column's log that the other column doesn't explain
 _FEWEST = 3  # learning rates, or batches, of a sweep
+_TINY, _GRID = 8.0, 401  # critical batches to so far beyond those tried, and their number
 
 
 @dataclass(frozen=True)
@@ -107,15 +109,13 @@ class RateLaws:
     notes: tuple[str, ...]
 
 
-def rate_laws(table: pd.DataFrame, job: StudyJob, where: str) -> RateLaws:
-    """Return the laws of a table of sweeps. Raises UserError if it has no learning rates, or too
-    few sweeps with an optimum inside."""
-    loss = table["loss"].fillna(np.inf).to_numpy(dtype=float)
-    finite = np.where(np.isfinite(loss), loss, 1.0)  # points have no infinite loss
-    runs = points(table.assign(loss=finite), job.size, job.cost, where)
-    rates = _numbers(table, "learning_rate", where)
-    batches = _numbers(table, "batch_tokens", where) if "batch_tokens" in table else None
-    sweeps = list(_sweeps(runs, loss, rates, batches))
+def rate_laws(
+    table: pd.DataFrame, job: StudyJob, where: str, target: Mapping[str, float] | None = None
+) -> RateLaws:
+    """Return the laws of a table of sweeps. target: N, D and C by the names of SYMBOLS; by default
+    those of the job that are given. Raises UserError if the table has no learning rates, or too few
+    sweeps with an optimum inside."""
+    sweeps = [_optimum(*sweep) for sweep in _sweeps(table, job, where)]
     optima = tuple(one for one in sweeps if isinstance(one, Optimum))
     refused = tuple(one for one in sweeps if isinstance(one, RefusedSweep))
     columns, notes = _columns(job, optima)
@@ -128,15 +128,42 @@ def rate_laws(table: pd.DataFrame, job: StudyJob, where: str) -> RateLaws:
         notes.append(f"{len(with_batch)} sweeps that vary the batch are too few for its law.")
     bends = [o.bend for o in optima if o.bend is not None]
     cost = float(np.expm1(np.median(bends) * np.log(2) ** 2)) if bends else None
-    t = job.target
-    values = {"parameters": t.parameters, "tokens": t.tokens, "flops": t.flops}
+    values = target or {name: getattr(job.target, name) for name in SYMBOLS}
     point = {name: value for name, value in values.items() if value is not None}
     if point and (missing := [c for c in columns if c not in point]):
         problem = f"is not given; the laws read {', '.join(columns)}"
         raise UserError(f"target.{missing[0]}", problem, "give it too")
     laws = [law for law in (rate, batch) if law is not None and point]
-    target = {law.quantity: law.at(point, job.level) for law in laws}
-    return RateLaws(job, optima, refused, rate, batch, target, cost, tuple(notes))
+    best = {law.quantity: law.at(point, job.level) for law in laws}
+    return RateLaws(job, optima, refused, rate, batch, best, cost, tuple(notes))
+
+
+def critical_batches(
+    table: pd.DataFrame, job: StudyJob, where: str, slope: Callable[[float, float], float]
+) -> list[tuple[float, float]]:
+    """Return D and the critical batch, in tokens, of each sweep of three batches or more that had
+    three learning rates each; 0 or infinite if it is beyond those tried.
+
+    With batches of B a run needs 1 + B / B_crit times the tokens that it needs with tiny ones for
+    the same loss (McCandlish et al. 2018, arXiv 1812.06162). slope: by how much log loss falls as
+    log D grows, at N and D.
+    """
+    critical = list[tuple[float, float]]()
+    for at, rates, batches, loss in _sweeps(table, job, where):
+        least = dict[float, float]()
+        for batch in () if batches is None else np.unique(batches):
+            each, losses = _least(rates[batches == batch], loss[batches == batch])
+            if len(each) >= _FEWEST and (line := tuned(each, losses)).inside:
+                least[batch] = float(np.log(min(losses))) - line.gap
+        if len(least) < _FEWEST:
+            continue
+        b, y = np.array([*least]), np.array([*least.values()])
+        grid = np.geomspace(b.min() / _TINY, b.max() * _TINY, _GRID)
+        rest = slope(at["parameters"], at["tokens"]) * np.log1p(b / grid[:, None]) - y
+        i = int(rest.var(axis=1).argmin())
+        ends = {0: 0.0, _GRID - 1: np.inf}
+        critical.append((at["tokens"], ends.get(i, float(grid[i]))))
+    return critical
 
 
 def _numbers(table: pd.DataFrame, column: str, where: str) -> Array:
@@ -153,19 +180,27 @@ def _numbers(table: pd.DataFrame, column: str, where: str) -> Array:
 
 
 def _sweeps(
-    runs: Points, loss: Array, rates: Array, batches: Array | None
-) -> Iterator[Optimum | RefusedSweep]:
-    """Yield the optimum of each N and D, or why there is none."""
+    table: pd.DataFrame, job: StudyJob, where: str
+) -> Iterator[tuple[dict[str, float], Array, Array | None, Array]]:
+    """Yield each N and D that had several learning rates: N, D and C; learning rates, (m,); batches
+    in tokens, None if all are equal; losses."""
+    loss = table["loss"].fillna(np.inf).to_numpy(dtype=float)
+    finite = np.where(np.isfinite(loss), loss, 1.0)  # points have no infinite loss
+    runs = points(table.assign(loss=finite), job.size, job.cost, where)
+    rates = _numbers(table, "learning_rate", where)
+    batches = _numbers(table, "batch_tokens", where) if "batch_tokens" in table else None
     n, log_d, c = np.exp(runs.log("parameters")), runs.log("tokens"), spent(runs)
     for size in np.unique(n):
         rows = np.flatnonzero(n == size)
         rows = rows[np.argsort(log_d[rows], kind="stable")]
         for sweep in np.split(rows, np.flatnonzero(np.diff(log_d[rows]) > _SAME) + 1):
+            if np.ptp(rates[sweep]) == 0:
+                continue
             d, flops = np.exp(log_d[sweep].mean()), np.exp(np.log(c[sweep]).mean())
             at = {"parameters": float(size), "tokens": float(d), "flops": float(flops)}
             several = batches is not None and len(np.unique(batches[sweep])) > 1
             tried = batches[sweep] if batches is not None and several else None
-            yield _optimum(at, rates[sweep], tried, loss[sweep])
+            yield at, rates[sweep], tried, loss[sweep]
 
 
 def _optimum(
@@ -227,6 +262,8 @@ def _law(
         whys = "; ".join(f"N {r.at['parameters']:.3g}, D {r.at['tokens']:.3g}: {r.why}"
                          for r in refused[:3])  # fmt: skip
         problem = f"{len(optima)} sweeps have a best {quantity} inside"
+        if (swept := len(optima) + len(refused)) < 2:
+            problem = f"{('no', 'one')[swept]} size was swept"
         problem += f" ({whys})" if whys else ""
         todo = f"give {len(columns) + 2} or more, each with worse runs on both sides"
         raise UserError(where, problem, todo)

@@ -15,6 +15,7 @@ from forescale.ground.storage import write_output
 from forescale.pages import figure as chart
 from forescale.pages.document import Cell, Section, render
 from forescale.scaling.analysis.forecast import Forecast
+from forescale.scaling.analysis.prediction import Prediction
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.analysis.task_fit import TaskFit
 from forescale.scaling.report import fit_sections as parts
@@ -106,6 +107,8 @@ def _answer(study: StudyFit, figures: Figures, forecast: Forecast | None) -> Sec
     """Return what the first screen of the page has."""
     section = parts.answer(study, figures.prediction, forecast)
     diamond = " Diamond: its observed loss." * bool(forecast and forecast.outcome)
+    if isinstance(f := figures.prediction, Prediction) and f.repetition.get("lost"):
+        diamond += " Its tokens repeat, those of a law of N and D alone don't."
     section.pictures = [
         ("loss-by-compute", figures.loss_by_compute(forecast),
          "Dots: the lowest loss of each budget. Orange: the forecast at the best N and D, with its "

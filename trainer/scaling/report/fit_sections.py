@@ -20,6 +20,7 @@ from forescale.scaling.config import StudyJob
 from forescale.scaling.fitting.isoflop import IsoFlop
 from forescale.scaling.fitting.laws import DATA_CONSTRAINED
 from forescale.scaling.forecasting.predictor import BANDS, COMBINED, LAW, LINE, band_name, band_of
+from forescale.scaling.report.rate_sections import rate_rows
 from forescale.scaling.study.directory import TARGET
 
 Ends = Sequence[float]
@@ -111,6 +112,7 @@ def answer(
         compute = Markup("{} FLOPs, {} times the most expensive run")
         factor = number(f.extrapolation_factor, 4)
         rows.append(["Compute", compute.format(number(f.flops, 4), factor)])
+        rows += rate_rows(study, f)
     after.append(verdict(study, f.extrapolation_factor if isinstance(f, Prediction) else 1.0))
     if study.doubts:
         first, *others = study.doubts

@@ -10,7 +10,7 @@ import pytest
 
 from forescale.ground.errors import UserError
 from forescale.scaling.config import StudyJob, TargetPoint
-from forescale.scaling.design.rate_laws import BATCH, RATE, as_dict, rate_laws
+from forescale.scaling.design.rate_laws import BATCH, RATE, as_dict, critical_batches, rate_laws
 
 # Li et al. 2025, arXiv 2503.04715: the best rate and batch (tokens) of N and D.
 STEP_LAW = {"k": 1.79, "parameters": -0.713, "tokens": 0.307}
@@ -108,6 +108,22 @@ def test_sweeps_along_one_line_are_fitted_against_n_alone_with_a_note():
         sweeps(both=False, cells=[(n, 20 * n) for n in (1e8, 2e8, 4e8, 8e8)]), against=["flops"]
     )
     assert by_flops.rate.exponents(0.9)["flops"][0] == pytest.approx((-0.713 + 0.307) / 2)
+
+
+def test_the_critical_batch_of_losses_that_larger_batches_cost_tokens():
+    critical, beta, job = {1e9: 3e4, 1e10: 9e4}, 0.1, StudyJob(input=["none"])
+    rows = [
+        {"parameters": 1e8, "tokens": d, "batch_tokens": b, "learning_rate": rate * b**0.5,
+         "loss": (d / (1 + b / at)) ** -beta * np.exp(0.01 * np.log(rate / 1e-3) ** 2)}
+        for d, at in critical.items() for b in (2e4, 8e4, 32e4) for rate in (5e-4, 1e-3, 2e-3)
+    ]  # fmt: skip
+    table = pd.DataFrame(rows)
+    computed = critical_batches(table, job, "x", lambda n, d: beta)
+    np.testing.assert_allclose(computed, [*critical.items()], rtol=0.02)
+    steep = critical_batches(table, job, "x", lambda n, d: 1e3)
+    assert {b for _, b in steep} == {np.inf}, "by such a law so slight a rise is far below it"
+    one_rate = table[table["learning_rate"] == 1e-3 * table["batch_tokens"] ** 0.5]
+    assert critical_batches(one_rate, job, "x", lambda n, d: beta) == []
 
 
 def test_tokens_that_differ_by_the_rounding_of_a_batch_are_one_sweep():
