@@ -88,7 +88,7 @@ class StudyFit:
         Runs far from it distort the law: without them the error halves on public data sets.
         """
         near, table = self.job.near, self.table
-        if near is None or "budget" not in table:
+        if near is None or "budget" not in table or "unique_tokens" in self.form.columns:
             return np.ones(len(table), dtype=bool)
         # Each setting has its own optimum.
         rows = np.stack((table["budget"].to_numpy(), *self.all_points.varied.values()), axis=1)
@@ -212,8 +212,8 @@ class StudyFit:
 
     @cached_property
     def isoflop(self) -> IsoFlop | str | None:
-        """Return the isoFLOP analysis; the error if it fails, None if the table has no budgets."""
-        if "budget" not in self.table:
+        """Return the isoFLOP analysis; the error if it fails, None without budgets to compare."""
+        if "budget" not in self.table or "unique_tokens" in self.form.columns:
             return None
         if different := " and ".join(self.all_points.varied):
             return f"Runs of one budget differ in their {different}: keep one with rows=."

@@ -39,7 +39,7 @@ def terminal_sections(study: StudyFit, forecasts: Sequence[Forecast] = ()) -> li
     forecast = of_target(forecasts, study.job, f)
     sensitivity = [] if study.sensitivity is None else [sensitivity_section(study)]
     parabolas = Section("isoflop", "IsoFLOP parabolas", after=parabola_lines(study))
-    parabolas.absent = "" if parabolas.after else "The table has no budgets."
+    parabolas.absent = "" if parabolas.after else "The table has no budgets, or its tokens repeat."
     reasons, notes = doubts(study)
     return [
         answer(study, f, forecast), reasons, history(study, f), parameters(study),

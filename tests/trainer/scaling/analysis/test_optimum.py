@@ -132,7 +132,7 @@ def test_runs_that_repeat_give_their_own_constant_and_are_named_without_it():
     assert "R*_D of these runs (90%: " in str(answer(by_epochs, one).after)
     doubt = study(rows=rows).doubts[0]
     assert "runs repeat their data, which the law chinchilla takes for fresh" in doubt
-    assert not any("repeat their data" in text for text in by_epochs.doubts)
+    assert (by_epochs.isoflop, by_epochs.is_fitted.all()) == (None, True), "budgets mix epochs"
 
 
 @pytest.mark.parametrize(
