@@ -165,7 +165,12 @@ def fill(path):
 
 def values(name, leaf=None):
     """A strategy for what is typed behind `name=`; of a known key mostly what its type takes."""
-    paths = PATHS if name in OUTPUTS else [*PATHS, *DEVICES]
+    return values_of(name in OUTPUTS, options(leaf.type) if leaf else ())
+
+
+@cache  # to make them for each of 1,600 keys took longer than many commands
+def values_of(is_output, types):
+    paths = PATHS if is_output else [*PATHS, *DEVICES]
     usual = st.one_of(
         st.integers(0, 40).map(lambda n: 2**n), st.integers(-12, 24).map(lambda n: 10.0**n)
     )
@@ -173,10 +178,9 @@ def values(name, leaf=None):
         st.sampled_from(NUMBERS), usual.map(str), usual.map(str), st.floats().map(repr)
     )
     texts = st.sampled_from([*TEXTS, *paths])
-    if name not in OUTPUTS:
+    if not is_output:
         texts = st.one_of(texts, texts, st.text(st.characters(), max_size=30))
     anything = st.one_of(texts, texts, numbers)
-    types = options(leaf.type) if leaf else ()
     if {int, float} & {*types}:
         return st.one_of(numbers, numbers, numbers, anything)
     if choices := [str(c) for t in types if get_origin(t) is Literal for c in get_args(t)]:
