@@ -170,7 +170,7 @@ class BlockParts:
 
     def values(self) -> list[BlockPart]:
         """Return the parts in the order of the forward pass."""
-        return [part for _, part in self.items()]
+        return [self.mixer, *([self.cross] if self.cross is not None else []), self.mlp]
 
 
 def parts_of(config: ModelConfig, layer: int) -> BlockParts:

@@ -93,15 +93,16 @@ class Stage:
 def costs_of(config: "ModelConfig") -> tuple[tuple[int, ...], int]:
     """Return the FLOPs of a token in each block, and behind the last one, with those of later
     tokens: forward, backward, and what is computed again."""
-    length = config.sizes.max_sequence_length
+    if "_costs" in config.__dict__:  # as of a cached property: a plan reads it thousands of times
+        return config.__dict__["_costs"]
     passes = 4 if config.activation_checkpointing == "full" else 3
-    layers = layers_of(config)
+    layers, length = layers_of(config), config.sizes.max_sequence_length
     alike = {id(part): part for parts in layers for part in parts.values()}  # most of them are
     flops = {key: passes * part.flops(config, length, False) for key, part in alike.items()}
     blocks = (*(sum(flops[id(part)] for part in parts.values()) for parts in layers),)
     head = (3 + (config.loss_chunk != 0)) * head_flops(config)
     later = blocks[-1] + 12 * config.sizes.width**2 + head  # has a block as the last one
-    return blocks, head + config.mtp_layers * later
+    return config.__dict__.setdefault("_costs", (blocks, head + config.mtp_layers * later))
 
 
 def dealt(costs: Sequence[int], parts: int, behind: int = 0) -> list[range]:
