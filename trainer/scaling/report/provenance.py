@@ -84,7 +84,7 @@ def counted(study: StudyFit) -> tuple[str, str, str]:
     say."""
     table, p = study.table, study.all_points
     size = "as the table counts" if "parameters" in table else study.job.size.replace("_", " ")
-    cost = "as the table counts" if "flops" in table else study.job.cost
+    cost: str = "as the table counts" if "flops" in table else study.job.cost
     is_native = "validation" in table or "loss_definition" in table
     unit = "nats a token" if is_native else "the table's unit"
     cost = "as the law counts" if study.form.PRICED else cost

@@ -63,8 +63,8 @@ def rate_rows(study: StudyFit, f: Prediction) -> Iterator[list[Cell]]:
         return
 
     def slope(n: float, d: float) -> float:
-        more, held = d * np.array([1, _STEP]), f.settings | {"unique_tokens": 2 * d}
-        loss = study.fit.predict(parameters=n, tokens=more, **held)
+        tokens, held = d * np.array([1, _STEP]), f.settings | {"unique_tokens": 2 * d}
+        loss = study.fit.predict(parameters=n, tokens=tokens, **held)
         return float(np.log(loss[0] / loss[1]) / np.log(_STEP))
 
     text = Markup("not determined: no three batches had three learning rates each")
