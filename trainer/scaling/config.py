@@ -25,10 +25,13 @@ class TargetPoint:
     # form=experts: experts of a layer over those that a token uses; 1: a dense model; with
     # target.flops, null is the best one
     expansion: float | None = key(None, ge=1)
-    # form=precision: bits of all parts alike (null: the best, with target.flops), or of each part
+    # form=precision: bits of all parts alike; null: the best, with target.flops
     bits: float | None = key(None, gt=0)
+    # bits of the weights, of runs in which they differ
     weight_bits: float | None = key(None, gt=0)
+    # bits of the activations, of runs in which they differ
     activation_bits: float | None = key(None, gt=0)
+    # bits of the cache of keys and values, of runs in which they differ
     cache_bits: float | None = key(None, gt=0)
     # form=quantised: bits of the weights after training
     post_bits: float | None = key(None, gt=0)
