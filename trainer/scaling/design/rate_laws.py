@@ -174,7 +174,7 @@ def _numbers(table: pd.DataFrame, column: str, where: str) -> Array:
     numbers: Array = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=float)
     if not (numbers > 0).all():
         row = int(np.flatnonzero(~(numbers > 0))[0])
-        problem = f"{table[column].iloc[row]!r} is no positive number"
+        problem = f"'{table[column].iloc[row]}' is no positive number"
         raise UserError(f"{where}, {column} of row {row}", problem, "give every run its own")
     return numbers
 
@@ -190,8 +190,9 @@ def _sweeps(
     rates = _numbers(table, "learning_rate", where)
     batches = _numbers(table, "batch_tokens", where) if "batch_tokens" in table else None
     n, log_d, c = np.exp(runs.log("parameters")), runs.log("tokens"), spent(runs)
-    for size in np.unique(n):
-        rows = np.flatnonzero(n == size)
+    alike = np.stack((n, *runs.varied.values()), axis=1)  # a sweep has one N, and one of each
+    for size, *setting in np.unique(alike, axis=0):
+        rows = np.flatnonzero((alike == [size, *setting]).all(axis=1))
         rows = rows[np.argsort(log_d[rows], kind="stable")]
         for sweep in np.split(rows, np.flatnonzero(np.diff(log_d[rows]) > _SAME) + 1):
             if np.ptp(rates[sweep]) == 0:

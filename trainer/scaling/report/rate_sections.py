@@ -10,6 +10,7 @@ from forescale.ground.errors import UserError
 from forescale.pages.document import Cell, Section, number, percent, span
 from forescale.scaling.analysis.prediction import Prediction
 from forescale.scaling.analysis.table_fit import StudyFit
+from forescale.scaling.design.pilot import PILOT
 from forescale.scaling.design.rate_laws import BATCH, SYMBOLS, RateLaws, critical_batches, rate_laws
 
 _STEP = 1.01  # of D, for the slope of the law
@@ -51,7 +52,7 @@ def rate_rows(study: StudyFit, f: Prediction) -> Iterator[list[Cell]]:
     if not _is_known(table, "learning_rate") or not np.isfinite(f.parameters):
         return
     # A pilot's batches are not those of the other stages.
-    staged = table[table["stage"] > 0] if "stage" in table else table
+    staged = table[table["stage"] != PILOT] if "stage" in table else table
     try:
         laws = rate_laws(staged, job, "", {name: getattr(f, name) for name in SYMBOLS})
         yield from ([name.capitalize(), value] for name, value in _best(laws))

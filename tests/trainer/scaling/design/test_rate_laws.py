@@ -126,6 +126,13 @@ def test_the_critical_batch_of_losses_that_larger_batches_cost_tokens():
     assert critical_batches(one_rate, job, "x", lambda n, d: beta) == []
 
 
+def test_runs_of_other_bits_are_another_sweep():
+    table = sweeps(both=False)
+    few = table.assign(bits=4.0, loss=table["loss"] * 1.2, learning_rate=table["learning_rate"] / 2)
+    laws = laws_of(pd.concat((table.assign(bits=16.0), few)))
+    assert len(laws.optima) == 2 * len(laws_of(table).optima)
+
+
 def test_tokens_that_differ_by_the_rounding_of_a_batch_are_one_sweep():
     table = sweeps(both=False)
     table["tokens"] *= 1 + 0.01 * np.tile(np.linspace(-0.5, 0.5, 5), 9)
