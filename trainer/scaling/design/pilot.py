@@ -57,7 +57,7 @@ def with_batch(common: Common, middle: Cell, best: RateBatchResponse) -> Common:
     k, a, b = rule.rate
     low, high = rule.bounds
     changed = replace(
-        rule, scale=rule.scale * factor, bounds=(low * min(1.0, factor), high),
+        rule, scale=rule.scale * factor, bounds=(low * factor, high),
         rate=(k * of_rate, a, b), highest=rule.highest * max(1.0, of_rate),
     )  # fmt: skip
     # What a rank feeds at once divides what it fed before, and isn't more than its batch.
