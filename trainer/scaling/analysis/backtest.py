@@ -166,10 +166,8 @@ def _origins(
     yield from (each for each in simple_predictors(one.points, one.budgets) if each[1] in methods)
     if LAW in methods:
         near = near_best(one.points.loss, one.budgets, job.near)
-        form, goal = (
-            laws.FORMS[job.form].suited(one.points.varied),
-            Objective.of(job.delta, job.residual),
-        )
+        form = laws.FORMS[job.form].suited(one.points.varied)
+        goal = Objective.of(job.delta, job.residual)
         runs, budgets = one.points.take(near), one.budgets[near]
         for k, law in laws_of_origins(form, runs, budgets, goal, RESAMPLED):
             yield k, LAW, law

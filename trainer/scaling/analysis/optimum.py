@@ -56,11 +56,13 @@ class Optimum:
 def optimum(
     study: "StudyFit", flops: float, level: float, bounds: TargetPoint | None = None
 ) -> Optimum:
-    """Return the best N and D of `flops`, for a law of N, D and, maybe, unique tokens. bounds:
-    `served`, `most_parameters` and `unique`. Raises UserError if serving takes all of `flops`."""
+    """Return the best N and D of `flops`, for a law of N, D and what `bounds` holds: settings, and
+    `unique`; of N and D alone also `served` and `most_parameters`. Raises UserError if serving
+    takes all of `flops`."""
     t = bounds or TargetPoint()
-    if study.form is laws.DATA_CONSTRAINED:
-        return _of_law(study, flops, level, unique_tokens=t.unique)
+    if study.form.columns != laws.CHINCHILLA.columns:
+        held = {name: getattr(t, name) for name in study.form.settings}
+        return _of_law(study, flops, level, unique_tokens=t.unique, **held)
     best, served, most = _trained(study, flops, level), t.served, t.most_parameters
     repeats = t.unique is not None and t.unique < best.tokens
     if not served and most is None and not repeats:
@@ -123,7 +125,7 @@ def _of_law(study: "StudyFit", flops: float, level: float, **held: float | None)
     """Return N* and D* of the law alone, with resampled intervals. held: what else it reads."""
 
     def best(values: Array) -> Array:
-        each = laws.compute_optimal(study.form, values, flops, study.points.per_token, **held)
+        each = laws.compute_optimal(study.form, values, flops, study.per_token, **held)
         return np.stack([x[..., 0] for x in each], axis=-1)
 
     n, d = map(float, best(study.fit.vector))

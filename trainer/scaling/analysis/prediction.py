@@ -20,7 +20,7 @@ from forescale.scaling.analysis.optimum import optimum
 from forescale.scaling.config import TargetPoint
 from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.effective import R_N
-from forescale.scaling.fitting.points import Array, spent
+from forescale.scaling.fitting.points import ONCE, SETTINGS, Array, spent
 from forescale.scaling.forecasting.combination import PARTS
 from forescale.scaling.forecasting.forecaster import (
     BUDGETS,
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 FAR = 40.0  # greatest extrapolation factor of a prediction without target.far
 _END = 1e-6  # a best setting so near the end of the runs' is the end, relative
 _OF_SIZE = ("parameters", "tokens")
-_CHOSEN = (_OF_SIZE, laws.DATA_CONSTRAINED.columns)  # laws whose N* and D* optimum.py finds
 WORTHLESS = 0.1  # of a fresh token: repeated ones below it bring next to nothing
 
 Interval = tuple[float, float]
@@ -138,11 +137,12 @@ def predict(study: "StudyFit", target: TargetPoint) -> Prediction | None:
     def loss(values: Array) -> Array:
         return study.form.predict(values, **columns)[..., 0] * np.exp(lost)
 
-    level, best, chosen = study.job.level, None, dict[str, Interval]()
-    if not target.parameters and not target.tokens and study.form.columns in _CHOSEN:
+    level, best, choice = study.job.level, None, _open(study, target)
+    chosen = dict[str, Interval]()
+    if not target.parameters and not target.tokens and not choice and np.isfinite(n):
         best = optimum(study, target.flops or c, level, target)
     sizes = best.sizes if best else None
-    if choice := _open(study, target):
+    if choice:
         ends = study.replicates.interval(level, _best(study, target)).T
         of_n, of_d, chosen[choice] = ((float(low), float(high)) for low, high in ends)
         sizes = None if target.parameters else (of_n, of_d)
@@ -203,11 +203,15 @@ def run_of(study: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, 
     n, d, c = t.parameters, t.tokens, t.flops
     form, per = study.form, study.per_token
     choice = _open(study, t)
-    if (t.served or (t.most_parameters and not choice)) and (
-        n or d or not c or form.columns != _OF_SIZE
-    ):
+    for name in SETTINGS:
+        if name not in form.columns and getattr(t, name) is not None:
+            todo = f"leave it out, or fit form={SETTINGS[name][1]} to runs with a column {name}"
+            raise UserError(f"target.{name}", f"the law {form.name} doesn't read it", todo)
+    other = form.columns != _OF_SIZE and bool(t.served or not choice)
+    if (t.served or t.most_parameters) and (n or d or not c or other):
         key = "target.served" if t.served else "target.most_parameters"
-        raise UserError(key, "chooses N and D of a compute", "write target.flops= alone beside it")
+        todo = "write target.flops= alone beside it" + ", and form=chinchilla" * other
+        raise UserError(key, "chooses N and D of a compute", todo)
     held = {name: getattr(t, name) for name in form.settings}
     for name in held:
         if held[name] is None and name != choice:
@@ -226,13 +230,9 @@ def run_of(study: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, 
         if "unique_tokens" in form.columns and t.unique is None:
             problem = "does not say how often data is repeated, which the law reads"
             raise UserError("target.flops", problem, "write target.unique= beside it")
-        if form.columns in _CHOSEN:
-            best = optimum(study, c, study.job.level, t)
-            n, d = best.parameters, best.tokens
-            c = per * n * d  # what is spent on training
-        else:
-            of_law = laws.compute_optimal(form, study.fit.vector, c, per, **held)
-            n, d = float(of_law[0][0]), float(of_law[1][0])
+        best = optimum(study, c, study.job.level, t)
+        n, d = best.parameters, best.tokens
+        c = per * n * d * _cost(study, n, held)  # what is spent on training
     elif n is None or d is None:
         if c is None:
             todo = "give two of target.parameters, target.tokens and target.flops, or flops"
@@ -254,8 +254,18 @@ def _open(study: "StudyFit", t: TargetPoint) -> str:
 
 
 def setting_doubts(study: "StudyFit", columns: Mapping[str, float]) -> Iterator[str]:
-    """Yield a sentence for each setting of a target that the runs don't have on both sides."""
-    choice = _open(study, study.job.target)
+    """Yield a sentence for each setting of a target that the runs don't have on both sides, and for
+    more epochs than they have."""
+    choice, unique, most = _open(study, study.job.target), study.job.target.unique, ONCE
+    if study.form is laws.DATA_CONSTRAINED:
+        runs = study.points.columns(["tokens", "unique_tokens"])
+        most = float((runs["tokens"] / runs["unique_tokens"]).max())
+    if unique and (epochs := columns.get("tokens", 0.0) / unique) > most:
+        yield (
+            f"The target sees its tokens {epochs:.3g} times, and the law knows at most {most:.2g} "
+            "from the runs: nothing tests what more cost, and no interval knows its error. Fit "
+            "form=data-constrained to runs with more epochs."
+        )
     for name in study.form.settings:
         runs, value = getattr(study.points, name), columns[name]
         low, high = float(runs.min()), float(runs.max())
@@ -273,6 +283,8 @@ def setting_doubts(study: "StudyFit", columns: Mapping[str, float]) -> Iterator[
 def _cost(study: "StudyFit", n: float | None, held: dict[str, float | None]) -> float:
     """Return C over per N D of a run with these settings."""
     logs = {name: np.log(x) for name, x in {"parameters": n, **held}.items() if x}
+    if n is None and study.form is laws.VOCABULARY:
+        raise UserError("target", "has no N, which C of N_v depends on", "write target.parameters=")
     return float(np.exp(study.form.log_cost(logs)))
 
 
@@ -287,6 +299,9 @@ def _best(study: "StudyFit", t: TargetPoint) -> Callable[[Array], Array]:
             problem = "bounds all experts, and the table has no total parameters"
             raise UserError("target.most_parameters", problem, "add a column parameters_total")
         ratio = total[study.is_fitted].to_numpy(dtype=float) / study.points.parameters
+        if not (ratio > 0.99).all():  # by rounding
+            problem = "a run has no total parameters, or fewer than active ones"
+            raise UserError("target.most_parameters", problem, "correct parameters_total")
         share = float(np.median((ratio[runs > 1] - 1) / (runs[runs > 1] - 1)))
     most = largest and (lambda log: np.log(largest) - np.log1p(share * np.expm1(log)))
     return lambda values: laws.best_setting(

@@ -134,7 +134,7 @@ class Precision(Effective):
     LIMITS = (0.05, 20.0)
     CHOICE = "bits"
     BETWEEN = (1.0, 32.0)
-    PRICED = "C counts an operation of P bits as P / 16 FLOPs: it is 6 N D P / 16."
+    PRICED = "C counts an operation of P `bits` as P / 16 FLOPs: it is 6 N D P / 16; else 6 N D."
 
     def suited(self, columns: Collection[str]) -> Form:
         parts = [c for c in _PARTS if c in columns]

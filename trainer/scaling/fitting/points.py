@@ -80,7 +80,8 @@ class Points:
         """Return the logarithms of a column, (n,). Raises UserError if there is no such column."""
         values = getattr(self, column)
         if values is None:
-            raise UserError(self.where, f"there is no column '{column}'", "give it for every run")
+            problem, todo = f"there is no column '{column}' of all runs", "give it for every run"
+            raise UserError(self.where, problem, todo)
         return np.log(values)
 
     @property

@@ -130,6 +130,12 @@ def test_runs_that_repeat_give_their_own_constant_and_are_named_without_it():
     assert one.parameters == pytest.approx(truth, rel=0.1)
     assert one.sizes[0][0] < one.parameters < one.sizes[0][1]
     assert "R*_D of these runs (90%: " in str(answer(by_epochs, one).after)
+    with pytest.raises(UserError, match=r"write .* form=chinchilla"):
+        by_epochs.predict(TargetPoint(flops=3e21, unique=8e9, served=1e9))
+    epochs = rows["tokens"] / rows["unique_tokens"]
+    for form, most in (("data-constrained", epochs.max()), ("chinchilla", 1)):
+        doubts = study(f"form={form}", "target.flops=3e21", "target.unique=1e6", rows=rows).doubts
+        assert any(f"times, and the law knows at most {most:.2g} from" in each for each in doubts)
     doubt = study(rows=rows).doubts[0]
     assert "runs repeat their data, which the law chinchilla takes for fresh" in doubt
     assert (by_epochs.isoflop, by_epochs.is_fitted.all()) == (None, True), "budgets mix epochs"

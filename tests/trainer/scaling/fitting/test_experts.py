@@ -100,6 +100,12 @@ def test_the_best_expansion_of_a_compute_fits_into_the_memory():
     low, high = law.best["expansion"]
     assert low < e[loss.argmin()] < high < 32
     assert law.parameters == pytest.approx(most / (1 + share * (law.settings["expansion"] - 1)))
+    both = TargetPoint(flops=flops, parameters=1e9, most_parameters=most)
+    with pytest.raises(UserError, match="chooses N and D of a compute"):
+        one.predict(both)
+    one.table.loc[3, "parameters_total"] = np.nan
+    with pytest.raises(UserError, match="a run has no total parameters"):
+        one.predict()
     free = study(points, target=TargetPoint(flops=flops))
     assert free.predict().settings["expansion"] == pytest.approx(32)
     assert "another one may be better" in " ".join(free.doubts)

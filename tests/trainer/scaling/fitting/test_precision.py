@@ -130,3 +130,6 @@ def test_a_table_with_a_column_for_each_part_has_a_gamma_for_each():
     with pytest.raises(UserError, match="has no weight_bits"):
         study(points, target=TargetPoint(flops=1e21)).predict()
     assert "write form=precision" in study(points, form="chinchilla").doubts[0]
+    for form in ("chinchilla", "precision"):
+        with pytest.raises(UserError, match=r"target.bits: the law .* doesn't read it"):
+            study(points, form=form, target=TargetPoint(flops=1e21, bits=4)).predict()

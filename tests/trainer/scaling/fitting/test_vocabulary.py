@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from forescale.ground.errors import UserError
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import VOCABULARY, best_setting
@@ -35,8 +36,11 @@ def test_simulated_runs_give_the_best_vocabulary_and_its_interval():
     table = pd.DataFrame(columns | {"loss": loss, "vocab_size": size})
     target = TargetPoint(flops=1e21, parameters=3e9)
     job = StudyJob(input=["x"], form="vocabulary", bootstraps=100, target=target)
-    best = StudyFit(table, job, "runs").predict()
+    study = StudyFit(table, job, "runs")
+    best = study.predict()
     values = VOCABULARY.vector(WORDS)[None]
     truth = best_setting(VOCABULARY, values, 1e21, 6.0, (1e4, 1e13), 3e9)[0, 2]
     low, high = best.best["vocabulary"]
     assert low < truth < high < 2 * low
+    with pytest.raises(UserError, match=r"write target.parameters="):
+        study.predict(TargetPoint(flops=1e21, tokens=1e10, vocabulary=1e8))
