@@ -353,12 +353,12 @@ def add_target(study: Study, log: Log) -> None:
     flops = t.flops or (t.device_hours or 0) * 3600 * (common.rate or 0)
     if t.parameters:
         shape = common.family.solve(t.parameters)
-    else:  # by the parabolas if there are budgets, else by the law, as where tokens repeat
-        if "budget" in table and t.unique is None:
+    else:  # by the parabolas if there are budgets, else by the law, as where more is given
+        if "budget" in table and not (t.tokens or t.unique or t.served or t.most_parameters):
             best = optimum(table, study.job)(flops)
         else:
             law = law_of(table, study.job, f"{len(table)} runs of {study.folder}")
-            best = run_of(law, TargetPoint(flops=flops, unique=t.unique))[1]
+            _, best, _, flops = run_of(law, replace(t, flops=flops))
         (shape,) = common.family.nearest([best])
     tokens = t.tokens or flops / common.per_token(shape.model)[common.cost]
     ruled = replace(common, rule=rule_of(study.plan))

@@ -1,12 +1,15 @@
 """A study from its plan to its score, with a fake training: its runs, decisions and forecasts."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from forescale import cli
+from forescale.ground.errors import UserError
 from forescale.scaling.analysis.forecast import read_forecasts
 from forescale.scaling.design.plan import dump, load
+from forescale.scaling.study import decisions
 from forescale.scaling.study.directory import Study
 from tests.trainer.scaling.fake_training import FakeTraining, best_rate
 
@@ -116,6 +119,18 @@ def test_the_target_is_trained_at_the_best_size_of_its_compute(whole):
     table = whole.table().set_index("name")
     assert not table.loc["target", "fitted"]
     assert whole.state(target).status == "complete"
+
+
+def test_the_target_is_no_larger_than_fits(whole, monkeypatch):
+    best, cells = whole.plan.cells[-1].shape.parameters, []
+    bound = replace(whole.job.target, most_parameters=best / 2)
+    monkeypatch.setattr(whole, "job", replace(whole.job, target=bound))
+    monkeypatch.setattr(decisions, "forecast_cells", lambda *given: cells.extend(given[2]))
+    monkeypatch.setattr(decisions, "read_forecasts", lambda path: [])
+    with pytest.raises(UserError, match="has no forecast"):
+        decisions.add_target(whole, print)
+    assert cells[0].shape.parameters == pytest.approx(best / 2, rel=0.1)
+    assert cells[0].cost == pytest.approx(4e13, rel=0.03)
 
 
 def test_the_law_is_fitted_to_the_best_rate_of_each_size(whole):
