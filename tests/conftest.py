@@ -33,7 +33,6 @@ _FOREIGN = (
     *("S3_", "FSSPEC_", "HF_", "TRANSFORMERS_", "HYDRA_", "XDG_", "HTTP_", "HTTPS_", "ALL_PROXY"),
     *("http_", "https_", "all_proxy", "FORESCALE_"),
     "PYTHONDONTWRITEBYTECODE",  # each of hundreds of processes would compile what it imports
-    "PYTHONDONTWRITEBYTECODE",  # each of hundreds of processes would compile what it imports
 )
 _OF_TESTS = {
     *("CACHE", "MATRIX", "DRILL", "KILLS", "REPLICATES", "WORDS", "DATA", "CLUSTER", "BROWSER"),

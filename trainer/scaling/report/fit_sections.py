@@ -178,8 +178,9 @@ def verdict(study: StudyFit, factor: float) -> str:
     low, high = scored.index.levels[1].min(), scored.index.get_level_values(1).max()
     held = f"{int(scored['inside_90'].sum())} of {len(scored)} were inside the 90% interval"
     ends = " to ".join(dict.fromkeys(f"{x:.3g}" for x in (low, high)))
-    at = f"{len(scored)} prediction{'s' * (len(scored) > 1)} at {ends} times"
-    off = f"off by {error:.2%} on average, a straight line through the last two budgets by "
+    some, verb = ("predictions", "were") if len(scored) > 1 else ("prediction", "was")
+    at = f"{len(scored)} {some} at {ends} times"
+    off = f"{verb} off by {error:.2%} on average, a straight line through the last two budgets by "
     off += f"{of_line:.2%}; {held}"
     if error > of_line:
         off += ", but the line was better"
@@ -188,9 +189,9 @@ def verdict(study: StudyFit, factor: float) -> str:
     if factor > _UNTRIED * high:
         return (
             f"No backtest reaches the target, {factor:.4g} times the compute of the runs; the "
-            f"nearest, {at} the known compute, were {off}."
+            f"nearest, {at} the known compute, {off}."
         )
-    return f"Backtest: {at} the known compute were {off}."
+    return f"Backtest: {at} the known compute {off}."
 
 
 def history(study: StudyFit, f: Prediction | str | None) -> Section:
