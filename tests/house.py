@@ -31,7 +31,7 @@ BANNED = {
 BUDGETS = {
     "lines of source": 89_739,
     "lines of tests": 71_875,
-    "lines of the largest room": 15_960,  # scaling/; every other one is below 9,000
+    "lines of the largest room": 15_970,  # scaling/; every other one is below 9,000
     "names that name nothing": 0,
     "file names that occur twice below a room": 0,
     "arrows between rooms": 124,

@@ -38,8 +38,17 @@ class Week:
         self.faults: list[str] = []
 
     def happens(self, fault: str, jobs: list[Job]) -> None:
-        running = [job for job in jobs if self.lab.state(job.id) == "RUNNING" and job.step]
-        if not running:
+        """To a job that trains; if none does, to the first that will, however busy the machine."""
+
+        def trained() -> list[Job]:
+            return [job for job in jobs if self.lab.state(job.id) == "RUNNING" and job.step]
+
+        def is_over() -> bool:
+            return all(self.lab.state(job.id) == "COMPLETED" for job in jobs)
+
+        with suppress(AssertionError):
+            self.lab.wait(lambda: trained() or is_over(), 120, every=0.5)
+        if not (running := trained()):
             return
         job = self.chance.choice(running)
         node = self.lab.show(job.id).get("BatchHost", "")

@@ -96,8 +96,8 @@ def test_a_best_batch_at_an_end_says_nothing_of_the_rate(piloted, inside, of_rat
     before = replace(planned.common.rule, highest=1e9).learning_rate(n, d)
     assert replace(rule, highest=1e9).learning_rate(n, d) == pytest.approx(of_rate * before)
     assert rule.batch(d) == pytest.approx(planned.common.rule.batch(d) / 4)
-    more = with_batch(planned.common, middle, replace(best, batch=4 * middle.global_batch)).rule
-    assert more.batch(1e4) == pytest.approx(4 * planned.common.rule.batch(1e4))  # its least
+    larger = with_batch(planned.common, middle, replace(best, batch=4 * middle.global_batch)).rule
+    assert larger.batch(1e4) == pytest.approx(4 * planned.common.rule.batch(1e4))  # its least
 
 
 def test_no_law_is_fitted_to_the_pilot(piloted):

@@ -125,7 +125,7 @@ def test_the_target_is_no_larger_than_fits(whole, monkeypatch):
     best, cells = whole.plan.cells[-1].shape.parameters, []
     bound = replace(whole.job.target, most_parameters=best / 2)
     monkeypatch.setattr(whole, "job", replace(whole.job, target=bound))
-    monkeypatch.setattr(decisions, "forecast_cells", lambda *given: cells.extend(given[2]))
+    monkeypatch.setattr(decisions, "forecast_cells", lambda *words: cells.extend(words[2]))
     monkeypatch.setattr(decisions, "read_forecasts", lambda path: [])
     with pytest.raises(UserError, match="has no forecast"):
         decisions.add_target(whole, print)
