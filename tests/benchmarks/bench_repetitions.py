@@ -89,7 +89,7 @@ def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
     print("| repetition | predicted | observed | error | inside 90 % | skill against |")
     print("|---|---|---|---|---|---|")
     rows, inside, skills = list[tuple[float]](), 0, dict[str, float]()
-    for name, predicted, observed, is_inside, skill in scores(min(rounds, 10), sizes):
+    for name, predicted, observed, is_inside, skill in scores(rounds, sizes):
         error = predicted / observed - 1
         rivals = ", ".join(f"{rival} {value:+.2f}" for rival, value in skill.items())
         line = f"| {name} | {predicted:.4f} | {observed:.4f} | {error:+.2%} "
