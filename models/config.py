@@ -175,12 +175,9 @@ class ModelConfig:
 
         Raises ValueError with one sentence if there are problems() or a size is still unknown.
         """
-        known = self.__dict__.setdefault("_resolved", {})  # as _problems
-        if (key := (vocab_size, sequence_length)) in known:
-            return known[key]
         for name, problem, todo in self.problems(vocab_size, sequence_length):
             raise ValueError(f"model.{name}: {problem}; {todo}.")
-        known[key] = full = replace(
+        full = replace(
             self.sized(),
             vocab_size=self.vocab_size or vocab_size,
             max_sequence_length=self.max_sequence_length or sequence_length,
@@ -298,10 +295,6 @@ class ModelConfig:
 
     def sized(self) -> "ModelConfig":
         """Apply the rule of the class docstring; needs depth, or num_layers and width."""
-        return self._sized
-
-    @cached_property
-    def _sized(self) -> "ModelConfig":
         width = self.ruled_width or 0
         num_heads = self.num_heads or max(1, width // (self.head_dim or HEAD_DIM))
         gated = -(-8 * width // (3 * 64)) * 64
