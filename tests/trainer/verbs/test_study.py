@@ -62,7 +62,7 @@ def test_the_output_has_the_law_its_uncertainty_and_its_doubts(fit):
     assert "Global optimum: yes" in out
     assert re.search(r"^D\* = .*, through the minima of 4 parabolas", out, re.MULTILINE)
     assert re.search(r"Answer\nLoss: [12]\.\d+\n90% interval: [12]\.", out)
-    assert "Backtest: 1 prediction at 10 times the known compute were off by" in out
+    assert "Backtest: 1 prediction at 10 times the known compute was off by" in out
     assert "Compute: 1.2e22 FLOPs, 12 times the most expensive run" in out
     assert "Weights and widths come from the errors of 3 earlier forecasts" in out
     assert "Backtest, 5 to 12 times the compute, once: predictions by combined were off by" in out
