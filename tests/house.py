@@ -30,7 +30,7 @@ BANNED = {
 # which lines it looked at.
 BUDGETS = {
     "lines of source": 89_739,
-    "lines of tests": 71_875,
+    "lines of tests": 71_895,
     "lines of the largest room": 15_970,  # scaling/; every other one is below 9,000
     "names that name nothing": 0,
     "file names that occur twice below a room": 0,

@@ -87,6 +87,9 @@ def parameter_groups(
        decay harms their scale. Reproductions of GPT-2 do the same; Loshchilov & Hutter 2019 (arXiv
        1711.05101) decay everything.
 
+    Tables (all of two dimensions or more that Muon would leave to AdamW) and scalars (fewer than
+    two) with a learning rate of their own are groups of their own, such as decayed_tables.
+
     With `factors` (by parameter; models/parametrization.py), decayed and undecayed are split into
     one group per class, such as decayed_hidden, with its own learning rate, decay and eps. The
     group muon does not change.
@@ -96,7 +99,8 @@ def parameter_groups(
     """
     every = dict(named_parameters)
     trained = {n: p for n, p in every.items() if getattr(p, "requires_grad", True)}
-    matrices = _matrix_names(every, muon_names) if optimizer.matrices else set()
+    tables, scalars = optimizer.table_learning_rate, optimizer.scalar_learning_rate
+    matrices = _matrix_names(every, muon_names) if optimizer.matrices or tables else set()
     eps_of_all = getattr(optimizer, "eps", Group.eps)
     groups: dict[str, dict[str, Group]] = {"muon": {}, "decayed": {}, "undecayed": {}}
     for name, parameter in trained.items():
@@ -108,8 +112,12 @@ def parameter_groups(
             is_decayed = len(shape_of(parameter)) > 1 and not _matches(_POSITIONS, name)
             kind = "decayed" if is_decayed else "undecayed"
             decay = optimizer.weight_decay * by.weight_decay if is_decayed else 0.0
-            rate, eps = optimizer.rate_of_the_rest * by.learning_rate, eps_of_all * by.epsilon
-            name_of_group = f"{kind}_{by.of}" if by.of else kind
+            is_table = len(shape_of(parameter)) > 1
+            part = None if name in matrices else tables if is_table else scalars
+            rate = (part or optimizer.rate_of_the_rest) * by.learning_rate
+            eps = eps_of_all * by.epsilon
+            name_of_part = ("tables" if is_table else "scalars") if part else ""
+            name_of_group = "_".join(filter(None, (kind, by.of, name_of_part)))
             group = Group(name_of_group, optimizer.update, rate, decay, eps)
         group = groups[kind].setdefault(group.name, group)
         group.names.append(name)

@@ -123,6 +123,27 @@ def test_adamw_decays_matrices_alone():
     assert not decayed.update.is_by_matrix
 
 
+def test_tables_and_scalars_may_have_rates_of_their_own_with_any_optimizer():
+    """Without these keys the groups are those of before."""
+    rates = {"learning_rate": 0.003, "table_learning_rate": 0.03, "scalar_learning_rate": 0.01}
+    hidden = ["blocks.0.attention.query.weight", "blocks.0.mlp.up.weight"]
+    for config, first in ((AdamWConfig(**rates), "decayed"), (MuonConfig(**rates), "muon")):
+        groups = {g.name: g for g in parameter_groups(NAMED, config)}
+        assert names(groups.values()) == {
+            first: hidden,
+            "decayed_tables": ["embedding.weight", "head.weight"],
+            "undecayed_tables": ["position.weight"],
+            "undecayed_scalars": [n for n, dimensions in SHAPES.items() if dimensions == 1],
+        }
+        values = {name: g.peak_learning_rate for name, g in groups.items()}
+        tables = {"decayed_tables": 0.03, "undecayed_tables": 0.03}
+        assert values == {first: 0.003, **tables, "undecayed_scalars": 0.01}
+    half = MuonConfig(adam_learning_rate=0.04, **rates).scaled(0.5)
+    assert (half.learning_rate, half.other_rates) == (0.0015, {
+        "adam_learning_rate": 0.02, "table_learning_rate": 0.015, "scalar_learning_rate": 0.005,
+    })  # fmt: skip
+
+
 def test_muon_takes_hidden_matrices_and_adamw_the_rest():
     groups = parameter_groups(NAMED, MUON)
     assert names(groups)["muon"] == ["blocks.0.attention.query.weight", "blocks.0.mlp.up.weight"]

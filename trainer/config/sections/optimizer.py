@@ -15,6 +15,7 @@ from forescale.config.schema import TargetConfig, key
 _NEWTON_SCHULZ = 5  # iterations of Muon
 _TABLE_RATE, _TABLE_WIDTH = 0.04, 128  # see MuonConfig.for_width
 _ANY_RATE = 0.004  # of a model of any width
+OTHER_RATES = ("adam_learning_rate", "table_learning_rate", "scalar_learning_rate")
 
 
 def _orthogonalisation(shape: Sequence[int]) -> float:
@@ -74,15 +75,27 @@ class OptimizerConfig:
     # step on; 1: it stays
     final_weight_decay: float = key(1.0, ge=0)
     clip: float | None = key(1.0, gt=0)  # maximum norm of the gradient; null: no clipping
+    # peak learning rate of embeddings, head and other tables; null: learning_rate, with Muon
+    # adam_learning_rate
+    table_learning_rate: float | None = key(None, gt=0)
+    # peak learning rate of norms, biases and all else of fewer than two dimensions; null: as above
+    scalar_learning_rate: float | None = key(None, gt=0)
 
     @property
     def rate_of_the_rest(self) -> float:
-        """The peak learning rate of all parameters but the hidden matrices."""
+        """The peak learning rate of all parameters that have none of their own."""
         return self.learning_rate
 
     def scaled(self, factor: float) -> Self:
         """Return it with its peak learning rates times a factor, to three digits."""
-        return replace(self, learning_rate=_rounded(self.learning_rate * factor))
+        rates = {"learning_rate": self.learning_rate, **self.other_rates}
+        return replace(self, **{name: _rounded(rate * factor) for name, rate in rates.items()})
+
+    @property
+    def other_rates(self) -> dict[str, float]:
+        """The peak learning rates beside learning_rate that are given, by key."""
+        rates = {name: getattr(self, name, None) for name in OTHER_RATES}
+        return {name: rate for name, rate in rates.items() if rate is not None}
 
     def for_width(self, width: int | None) -> Self:
         """Return it with the rates that follow from a model's width; None: it isn't known."""
@@ -130,11 +143,6 @@ class MuonConfig(AdamWConfig):
     @property
     def rate_of_the_rest(self) -> float:
         return self.adam_learning_rate or self.learning_rate
-
-    def scaled(self, factor: float) -> Self:
-        adam = self.adam_learning_rate
-        rates = replace(self, adam_learning_rate=None if adam is None else _rounded(adam * factor))
-        return replace(rates, learning_rate=_rounded(self.learning_rate * factor))
 
     def for_width(self, width: int | None) -> Self:
         """Return it with the adam_learning_rate that follows from the model's width, if it is null.
