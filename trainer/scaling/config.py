@@ -95,7 +95,13 @@ class PlanKeys:
     # data.path=DIR; without any: the embedded corpus as bytes, AdamW, evaluation at the end
     arguments: list[str] = key([])
     budgets: int = key(5, ge=3, common=True)  # isoflop, recipes: number of compute budgets
-    sizes: int = key(5, ge=3, common=True)  # isoflop: number of model sizes in each budget
+    # isoflop, recipes: number of model sizes in each budget; recipes: 1 keeps plan.ratio
+    sizes: int = key(5, ge=1, common=True)
+    # recipes: what each tunes at its first budgets beside size and learning rate: the rates of
+    # tables and of norms and biases, over that of matrices; batch, warm-up and decay
+    dials: list[Literal["tables", "scalars", "batch", "warmup", "decay"]] = key(
+        ["tables", "scalars", "batch", "warmup", "decay"]
+    )
     ladder: list[float] = key([1e5, 2e5, 4e5, 8e5])  # ladder: the model sizes N
     multiples: list[float] = key([1, 2, 4])  # ladder: training tokens D in multiples of 20 N
     model: str = "tiny"  # model=CHOICE that sets the kind of layers of all sizes
@@ -122,9 +128,10 @@ class PlanKeys:
     unique: float | None = key(None, gt=0)
     # isoflop, recipes: factor from one budget to the next; mixtures: from the runs to their check
     step: float = key(10**0.5, gt=1)
-    # isoflop: D/N in the middle of the first budget; recipes: D/N of the base; mixtures: of all
+    # isoflop: D/N in the middle of the first budget; recipes: D/N of the base where
+    # each recipe begins its first budget; mixtures: of all
     ratio: float = key(20, gt=0)
-    # isoflop: sizes of a budget reach from N*/spread to N* times spread
+    # isoflop, recipes: sizes of a budget reach from N*/spread to N* times spread
     spread: float = key(2.5, gt=1)
 
     @property

@@ -108,7 +108,8 @@ def train(arguments, loss=None) -> None:
     seconds = {"compute": 2.0, "data": 0.1}
     first, *rest = job.data.sources or ("",)
     shares = {"shares": {first: tokens, **dict.fromkeys(rest, 0)}} if rest else {}
-    attempt.metrics.add({"kind": "train", **common, "loss": 3.0, "seconds": seconds, **shares})
+    attempt.metrics.add({"kind": "train", **common, "loss": 3.0, "seconds": seconds,
+                         "tokens_per_second": 1000.0, **shares})  # fmt: skip
     score = {"dataset": "validation", "loss_stderr": 0.01, "bits_per_byte": 2.0, "windows": 7}
     attempt.metrics.add({"kind": "validation", **common, "loss": 3.0, **score})
     path = run.checkpoint_path(step)

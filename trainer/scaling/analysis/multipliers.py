@@ -5,6 +5,9 @@
     interval     from drawn studies: each mean loss anew, with the noise of repeated runs (pooled
                  over all recipes and budgets, so Student's t); the base's curve is drawn with it
     trend        the factor by which m changes in a decade of compute: least squares of log m
+    other costs  the same for seconds of training, parameters in memory and bytes of text: what the
+                 base has of them at C_base(L), by a straight line of logs between its budgets, over
+                 what the recipe has. Seconds only of runs under the same conditions
     confirmed    m of a winner from fresh seeds alone, which no choice has seen: its own, and the
                  base's at that budget, since its earlier bad luck makes winners too. Its other
                  budgets have no fresh seeds, and count as for m
@@ -13,7 +16,7 @@ Invariant: all recipes are treated alike; a multiplier below 1 is as much a resu
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +26,7 @@ from scipy.optimize import isotonic_regression
 
 from forescale.ground.errors import UserError
 from forescale.scaling.analysis.ratio import Ratio
-from forescale.scaling.analysis.recipe_cells import RecipeCell, cells_of
+from forescale.scaling.analysis.recipe_cells import COSTS, RecipeCell, cells_of
 from forescale.scaling.analysis.spread import Spread
 from forescale.scaling.config import StudyJob
 from forescale.scaling.fitting.points import Array
@@ -92,12 +95,13 @@ def floor_of(log_flops: Array, log_losses: Array) -> float:
 class Place:
     """A recipe at one budget. multiplier: 0 or infinite where the base never has its loss, which
     is then outside `reach`: the multipliers that the base's budgets can show. confirmed: that of
-    fresh seeds alone, of both."""
+    fresh seeds alone, of both. others: of the costs beside FLOPs."""
 
     cell: RecipeCell
     multiplier: Ratio
     reach: tuple[float, float]
     confirmed: Ratio | None = None
+    others: Mapping[str, Ratio] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,8 @@ class Multipliers:
         for i, (c, ratio) in enumerate(zip(cells, self._ratios(at, draws), strict=True)):
             reach = float(ends[0] / c.flops), float(ends[1] / c.flops)
             again_ratio = _within(confirmed[i], reach) if i in confirmed else None
-            places.append(Place(c, _within(ratio, reach), reach, again_ratio))
+            others = self._others(c, at[i], draws[:, i])
+            places.append(Place(c, _within(ratio, reach), reach, again_ratio, others))
         lost = tuple(c.budget for c in self.lost if c.recipe == name)
         is_inside = np.isfinite(at)
         if not is_inside.any():
@@ -185,6 +190,30 @@ class Multipliers:
             weights = (x - x.mean()) / np.square(x - x.mean()).sum() * _DECADE
             (trend,) = self._ratios((at @ weights)[None], (draws @ weights)[:, None])
         return Candidate(name, tuple(places), mean, trend, lost)
+
+    @cached_property
+    def costs(self) -> list[str]:
+        """Return the costs beside FLOPs that can be compared: those of all runs."""
+        known = [name for name in COSTS if all(name in c.costs for c in self.cells)]
+        return [name for name in known if name != "seconds" or not self._differing_clocks]
+
+    @property
+    def _differing_clocks(self) -> list[str]:
+        clocks = sorted({clock for c in self.cells for clock in c.clocks})
+        return clocks if len(clocks) > 1 else []
+
+    def _others(self, cell: RecipeCell, at: float, draws: Array) -> dict[str, Ratio]:
+        """Return the multipliers of a cell by its other costs. at, draws: log m of its compute."""
+        base, others = self.of(self.base), dict[str, Ratio]()
+        for name in self.costs:
+            of_base, log_cost = np.log([c.costs[name] for c in base]), np.log(cell.costs[name])
+            log_c = np.log(cell.flops) + np.concatenate(([at], draws))
+            logs = np.interp(log_c, self.curve.log_flops, of_base) - log_cost
+            logs = np.where(np.isfinite(log_c), logs, log_c)  # a loss that the base never has
+            (ratio,) = self._ratios(logs[:1], logs[1:, None])
+            first, last = np.exp(of_base[[0, -1]] - log_cost)
+            others[name] = _within(ratio, (float(first), float(last)))
+        return others
 
     def _logs(
         self, cells: Sequence[RecipeCell], logs: Sequence[Array], base: Sequence[Array]
@@ -242,6 +271,11 @@ class Multipliers:
         yield from map(str, self.lost)
         yield from _uneven(self.cells)
         yield from _untuned(self.cells)
+        if clocks := self._differing_clocks:
+            yield (
+                f"Seconds are not compared: runs have different conditions ({clocks[0]}; "
+                f"{clocks[1]})."
+            )
         for c in self.candidates:
             if beyond := [p for p in c.places if not 0 < p.multiplier.value < np.inf]:
                 yield (
@@ -302,6 +336,20 @@ def _untuned(cells: Sequence[RecipeCell]) -> Iterator[str]:
         if at := [f"{c.recipe} at {c.budget:.2g}" for c in cells if c.is_bracketed is is_so]:
             others = f" and {len(at) - 4} more" if len(at) > 4 else ""
             yield f"Of {', '.join(at[:4])}{others} {problem}, so that its loss may be too high."
+    rest = [(c, ", ".join(x for x in c.edges if x != "rate")) for c in cells]
+    if at := [f"{c.recipe} at {c.budget:.2g} ({names})" for c, names in rest if names]:
+        others = f" and {len(at) - 4} more" if len(at) > 4 else ""
+        yield (
+            f"Of {', '.join(at[:4])}{others} what is in brackets is best at the edge of what was "
+            "tried, so that its loss may be too high."
+        )
+    if {c.sizes for c in cells} == {1}:
+        ratios = [c.ratio for c in cells if c.ratio]
+        at_one = f", of {min(ratios):.2g} to {max(ratios):.2g} tokens a parameter" if ratios else ""
+        yield (
+            f"Each recipe has one size a budget{at_one}: these are no multipliers of recipes at "
+            "their best size. Plan several: plan.sizes=3."
+        )
 
 
 def as_dict(study: Multipliers) -> dict[str, Any]:
@@ -309,7 +357,8 @@ def as_dict(study: Multipliers) -> dict[str, Any]:
 
     def place(p: Place) -> dict[str, Any]:
         return {**_cell(p.cell), "multiplier": p.multiplier.as_dict(), "reach": list(p.reach),
-                "confirmed": p.confirmed and p.confirmed.as_dict()}  # fmt: skip
+                "confirmed": p.confirmed and p.confirmed.as_dict(),
+                "by_cost": {name: ratio.as_dict() for name, ratio in p.others.items()}}  # fmt: skip
 
     return {
         "base": study.base,
@@ -334,5 +383,6 @@ def _cell(c: RecipeCell) -> Mapping[str, Any]:
         "budget": c.budget, "flops": c.flops, "loss": float(np.exp(c.log_loss)),
         "learning_rate": c.learning_rate, "learning_rates": list(c.rates),
         "is_bracketed": c.is_bracketed, "runs": len(c.logs), "fresh_runs": len(c.fresh),
-        "diverged": c.diverged,
+        "diverged": c.diverged, "edges": list(c.edges), "tokens_per_parameter": c.ratio,
+        "costs": dict(c.costs),
     }  # fmt: skip

@@ -2,15 +2,18 @@
 
     a cell      a recipe at a budget, all learning rates and seeds
     its runs    in a study those with other seeds, not the sweep that chose their rate; else all
-    its rate    the learning rate with the most of its runs; of several such rates, the one with
-                the lowest mean loss
-    its loss    the mean log loss of the runs at this rate
-    bracketed   worse learning rates were tried on both sides of the best one
+    its runs'   the size and learning rate with the most of its runs; of several such, those with
+    setting     the lowest mean loss
+    its loss    the mean log loss of the runs at this setting
+    its costs   means of these runs: seconds of training, parameters in memory, bytes of text read
+    bracketed   worse learning rates were tried on both sides of the best one; edges: what was best
+                at the end of what was tried, such as size
 
 Invariant: runs that confirm a winner (role confirm) are never among those that made it one.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -23,6 +26,10 @@ from forescale.scaling.records.records import HELD
 RECIPE = "recipe"
 _NEAR = 1.15  # costs of one budget are at most this factor apart, by rounding to whole steps
 _RATES = 3  # learning rates that bracket one
+# What a run costs beside FLOPs, and the columns that say so, the first that a table has.
+COSTS = {"seconds": ("train_seconds",), "parameters": ("parameters_total", "parameters"),
+         "bytes": ("bytes",)}  # fmt: skip
+_EQUAL = ("device", "threads", "world_size", "torch_version")  # in runs whose seconds compare
 _FREE = ("parametrization",)  # of HELD, what a recipe may change: the losses stay comparable
 
 
@@ -33,6 +40,9 @@ class RecipeCell:
     flops: mean C of its runs; logs: (n,), log losses of the runs at its learning rate; fresh: log
     losses of the runs that confirm it; rates: all tried learning rates, by value; is_bracketed:
     None if fewer than three were tried; diverged: number of runs without a finite loss.
+    costs: by COSTS, as far as all its runs have them; size, ratio: N and D/N; sizes: number of
+    sizes that were tried, 0 if they aren't known; clocks: the different conditions under which its
+    seconds ran.
     """
 
     recipe: str
@@ -44,6 +54,12 @@ class RecipeCell:
     rates: tuple[float, ...]
     is_bracketed: bool | None
     diverged: int
+    edges: tuple[str, ...] = ()
+    costs: Mapping[str, float] = field(default_factory=dict)
+    size: float = 0.0
+    ratio: float | None = None
+    sizes: int = 0
+    clocks: frozenset[str] = frozenset()
 
     @property
     def log_loss(self) -> float:
@@ -97,7 +113,10 @@ def cells_of(
     rates = table.get("learning_rate", pd.Series(1.0, table.index)).fillna(1.0).astype(float)
     roles = table.get("role", pd.Series("", table.index))
     losses = table["loss"].astype(float)
-    runs = table.assign(loss=losses, _cost=table[cost], _rate=rates, _role=roles, _budget=budgets)
+    n = table.get(f"parameters_{job.size}", table.get("parameters"))
+    sizes = pd.Series(0.0, table.index) if n is None else n.fillna(0.0).astype(float)
+    runs = table.assign(loss=losses, _cost=table[cost], _rate=rates, _role=roles, _budget=budgets,
+                        _size=sizes)  # fmt: skip
     cells, lost = list[RecipeCell](), list[LostCell]()
     for (recipe, budget), rows in runs.groupby([RECIPE, "_budget"], sort=True):
         one = _cell(str(recipe), float(budget), rows)
@@ -121,16 +140,42 @@ def _cell(recipe: str, budget: float, rows: pd.DataFrame) -> RecipeCell | LostCe
         are = "runs with other seeds" if is_swept_well else "runs"
         return LostCell(recipe, budget, int(gone.sum()), are) if gone.any() else None
     logs = np.log(runs["loss"])
-    by_rate = logs.groupby(runs["_rate"]).agg(["size", "mean"])
-    rate = by_rate.sort_values(["size", "mean"], ascending=[False, True]).index[0]
+    by_setting = logs.groupby([runs["_size"], runs["_rate"]]).agg(["size", "mean"])
+    size, rate = by_setting.sort_values(["size", "mean"], ascending=[False, True]).index[0]
     # Bracketed by worse rates on both sides of the best one; a diverged run is worse too.
     swept = rows[is_swept]
-    losses, is_bracketed = swept["loss"].fillna(np.inf).groupby(swept["_rate"]).mean(), None
-    if len(losses) >= _RATES:
-        is_bracketed = 0 < int(np.argmin(losses.to_numpy())) < len(losses) - 1
+    sizes = swept["_size"][swept["_size"] > 0].nunique()
+    edges: tuple[str, ...] = ()
+    is_bracketed = _is_bracketed(swept[swept["_size"].isin((0.0, size))], "_rate")
+    if "edges" in rows and is_seed.any():  # of a search, which varied more than these
+        edges = next(iter(runs["edges"]))
+        is_bracketed = "rate" not in edges
+    elif _is_bracketed(swept, "_size") is False:
+        edges = ("size",)
     fresh = np.log(rows["loss"][is_fresh & is_finite].to_numpy())
+    best = runs[(runs["_rate"] == rate) & (runs["_size"] == size)]
+    names = {of: next((c for c in columns if c in rows), None) for of, columns in COSTS.items()}
+    known = {of: float(best[c].mean(skipna=False)) for of, c in names.items() if c}
+    ratio = float(best["tokens"].mean()) / size if size and "tokens" in best else None
+    conditions = best[[c for c in _EQUAL if c in best]].itertuples(index=False)
+    clocks = frozenset(", ".join(map(str, row)) for row in conditions)
     return RecipeCell(
-        recipe, budget, float(runs["_cost"].mean()), float(rate),
-        logs[runs["_rate"] == rate].to_numpy(), fresh,
-        tuple(sorted(rows["_rate"].unique())), is_bracketed, int((~is_finite).sum()),
+        recipe, budget, float(best["_cost"].mean()), float(rate),
+        logs[best.index].to_numpy(), fresh,
+        tuple(sorted(rows["_rate"].unique())), is_bracketed, int((~is_finite).sum()), edges,
+        {of: x for of, x in known.items() if 0 < x < np.inf}, size, ratio, sizes, clocks,
     )  # fmt: skip
+
+
+def _is_bracketed(swept: pd.DataFrame, column: str) -> bool | None:
+    """True if worse values of a column were tried on both sides of the best one; None if fewer than
+    three were tried."""
+    losses = (
+        swept["loss"]
+        .fillna(np.inf)
+        .groupby(swept[column])
+        .agg("mean" if column == "_rate" else "min")
+    )
+    if len(losses) < _RATES:
+        return None
+    return 0 < int(np.argmin(losses.to_numpy())) < len(losses) - 1

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from forescale.config.sections.batch import BatchRamp
 from forescale.ground.typed import Count, Number, Positive, Size
+from forescale.scaling.design.search import Trial
 from forescale.scaling.design.shapes import Common, Shape, overrides
 
 RATES = 3  # learning rates of a sweep
@@ -46,9 +47,10 @@ class Cell:
     cells branch off it.
     cell_of: the grid cell that it repeats or varies (its own name for a grid cell).
     seed: of the data order, and of the weights unless init_seed is given.
-    rate_factor: its learning rate divided by that of its size; adam_share: see Common.
-    recipe: its recipe's name in a study that compares several; weights: of each source, in a study
-    of mixtures.
+    rate_factor: its learning rate divided by that of its size; shares: see Common.
+    recipe: its recipe's name in a study that compares several; trial: its place in their search;
+    edges: of a seed, what was best at the end of the values that its recipe's search tried.
+    weights: of each source, in a study of mixtures.
     """
 
     name: str
@@ -75,8 +77,10 @@ class Cell:
     init_seed: Count | None = None
     branches: tuple[Count, ...] = ()
     rate_factor: Positive = 1.0
-    adam_share: Positive | None = None
+    shares: tuple[tuple[str, Positive], ...] = ()
     recipe: str = ""
+    trial: Trial | None = None
+    edges: tuple[str, ...] = ()
     first_batch: Size | None = None
     ramp_steps: Count = 0
     weights: tuple[tuple[str, Number], ...] = ()
@@ -91,7 +95,7 @@ class Cell:
     @property
     def keys(self) -> dict[str, Any]:
         """The config keys of its run, by full name."""
-        share, ramp = self.adam_share, f"{self.ramp_steps} steps"
+        ramp = f"{self.ramp_steps} steps"
         batches = {"train.first_batch": self.first_batch, "train.batch_ramp": ramp}
         return {
             "run.name": self.name,
@@ -105,7 +109,7 @@ class Cell:
             "train.seed": self.seed,
             "train.init_seed": self.init_seed,
             "optimizer.learning_rate": self.learning_rate,
-            **({"optimizer.adam_learning_rate": self.learning_rate * share} if share else {}),
+            **{name: self.learning_rate * share for name, share in self.shares},
             "schedule.kind": "wsd",
             "schedule.warmup": f"{self.warmup_steps} steps",
             "schedule.decay": f"{self.decay_steps} steps",
@@ -166,7 +170,7 @@ def make_cell(
         math.gcd(at_once, ramp.first) // common.ranks, rule.learning_rate(n, aim) * rate_factor,
         min(warmup, steps - decay), decay, common.seed, flops, cost,
         tuple(flag for flag, is_so in flags.items() if is_so), cell_of=name,
-        rate_factor=rate_factor, adam_share=common.adam_share,
+        rate_factor=rate_factor, shares=common.shares,
         first_batch=ramp.first if ramp.lengths else None, ramp_steps=ramp.steps,
     )  # fmt: skip
 

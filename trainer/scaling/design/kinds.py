@@ -32,11 +32,10 @@ from forescale.scaling.design.cells import (
 from forescale.scaling.design.mixtures import mixtures_plan
 from forescale.scaling.design.pilot import PILOT, pilot_cells
 from forescale.scaling.design.plan import SIZES, Grid, Kind, StudyPlan, StudyStage, reserve
+from forescale.scaling.design.recipe_grid import RecipeGrid
 from forescale.scaling.design.recipes import (
     BASE,
-    BestRates,
     Recipe,
-    RecipeGrid,
     read_recipes,
     recipes_of,
 )
@@ -56,6 +55,9 @@ STUDY_KEYS = frozenset({
 def isoflop_plan(job: StudyJob, common: Common) -> StudyPlan:
     """Return an isoFLOP plan. Raises UserError if no models of its sizes exist, or if it costs more
     than the cap."""
+    if job.plan.sizes < SIZES:
+        problem = f"{job.plan.sizes} sizes determine no parabola"
+        raise UserError("plan.sizes", problem, f"write plan.sizes={SIZES} or more")
     keys, grid = job.plan, Grid.within_cap(job.plan, common)
     stages = list[StudyStage]()
     try:
@@ -188,8 +190,11 @@ def recipes_plan(job: StudyJob, common: Common) -> StudyPlan:
     except UserError as e:
         problem = f"no budget can be as low as {grid.budgets[0]:.3g} FLOPs ({e.where}: {e.problem})"
         raise UserError("plan.cap", problem, "raise it, or plan fewer recipes or budgets") from None
-    notes = [f"the last stage has {grid.fresh} fresh seeds of each winner and of the base, if "
-             "there is a winner"]  # fmt: skip
+    notes = [
+        _of_searches(grid),
+        f"the last stage has {grid.fresh} fresh seeds of each winner and of the base, if there is "
+        "a winner",
+    ]
     notes += [note for stage in stages[1 : grid.top] for note in _without_effect(stage, recipes)]
     if grid.fresh:
         highest = stages[grid.top - 1]
@@ -203,18 +208,26 @@ def recipes_plan(job: StudyJob, common: Common) -> StudyPlan:
 
 def recipe_stage(
     common: Common, grid: RecipeGrid, recipes: Sequence[Recipe], stage: int,
-    rates: Mapping[str, BestRates] | None = None,
+    earlier: Mapping[str, Sequence[Cell]] | None = None,
 ) -> StudyStage:  # fmt: skip
-    """Return the stage of a budget; exact if it is the first, or with the rates so far, which are
-    those of each recipe's sweeps."""
+    """Return the stage of a budget; exact if it is the first, or with a seed of each recipe's
+    earlier budgets, around which it searches."""
     trained = recipes if grid.has_candidates(stage) else recipes[:1]
-    known = rates or {}
+    known = earlier or {}
     cells = [c for r in trained for c in grid.cells(common, r, stage, known.get(r.name, ()))]
     cost = sum(c.cost for c in cells)
-    extra = grid.extra(stage) * sum(c.cost for c in cells if c.role == "grid")
-    is_exact = stage == 1 or rates is not None
+    each = grid.trials(stage) + grid.runs_with_seeds(stage)
+    high = sum(each * c.cost for c in cells if c.role == "grid")
+    is_exact = stage == 1 or earlier is not None
     budget = grid.budgets[stage - 1]
-    return StudyStage(stage, budget, tuple(cells), cost, cost + extra, is_exact)
+    return StudyStage(stage, budget, tuple(cells), cost, max(cost, high), is_exact)
+
+
+def _of_searches(grid: RecipeGrid) -> str:
+    """Return a note on the number of runs that tune a recipe."""
+    of = {stage: grid.trials(stage) for stage in (2, 3)}
+    return (f"each recipe has {of[2]} runs to find its size and settings at the lowest budget, and "
+            f"{of[3]} at later ones, which begin where earlier ones ended")  # fmt: skip
 
 
 def _without_effect(stage: StudyStage, recipes: Sequence[Recipe]) -> list[str]:

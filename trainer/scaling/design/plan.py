@@ -25,7 +25,8 @@ from forescale.scaling.design.cells import (
     with_rate_sweeps,
 )
 from forescale.scaling.design.pilot import RUNS
-from forescale.scaling.design.recipes import Recipe, RecipeGrid
+from forescale.scaling.design.recipe_grid import RecipeGrid
+from forescale.scaling.design.recipes import Recipe
 from forescale.scaling.design.shapes import RATIO, Common, Rule
 from forescale.scaling.design.tuning import Tuned, interpolated_rate
 
@@ -249,6 +250,10 @@ def _renamed(node: Any) -> Any:
         return [_renamed(item) for item in node]
     if not isinstance(node, dict):
         return node
+    if "adam_share" in node:  # before other optimizers had such rates
+        share = node["adam_share"]
+        shares = [["optimizer.adam_learning_rate", share]] if share else []
+        node = {k: v for k, v in node.items() if k != "adam_share"} | {"shares": shares}
     facts = {"target" if name == "wanted" else name: _renamed(v) for name, v in node.items()}
     if isinstance(trend := facts.get("aspect"), dict) and isinstance(trend.get("layers"), float):
         facts["aspect"] = trend["layers"] / 12  # of a shape's family

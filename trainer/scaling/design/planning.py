@@ -17,7 +17,7 @@ from forescale.run.start import embedded_vocabulary, open_sources
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.kinds import PLANS, STUDY_KEYS
 from forescale.scaling.design.plan import StudyPlan
-from forescale.scaling.design.shapes import Common
+from forescale.scaling.design.shapes import Common, shares_of
 from forescale.scaling.design.simulate import Expected, RunSet, expected
 
 
@@ -63,7 +63,6 @@ def common_of(job: StudyJob, opened: bool = False) -> Common:
         todo = "write plan.seeds=[5,3], for the cheapest cell and for an expensive one"
         raise UserError("plan.seeds", f"{keys.seeds} are not two counts of 1 or more", todo)
     vocabulary, unique = keys.vocab_size, keys.unique
-    adam = getattr(train.optimizer, "adam_learning_rate", None)
     embedded = embedded_vocabulary(train.data)
     if embedded and not opened:
         vocabulary = vocabulary or embedded
@@ -76,8 +75,7 @@ def common_of(job: StudyJob, opened: bool = False) -> Common:
         train.model, vocabulary, keys.sequence_length, size=job.size, cost=job.cost,
         micro_batch=keys.micro_batch, ranks=keys.ranks, seed=job.seed or train.train.seed,
         rate=keys.rate, unique=unique, seeds=(keys.seeds[0], keys.seeds[1]),
-        joint_sweep=keys.joint_sweep,
-        adam_share=adam / train.optimizer.learning_rate if adam else None,
+        joint_sweep=keys.joint_sweep, shares=shares_of(train.optimizer),
     )  # fmt: skip
 
 

@@ -1,17 +1,11 @@
-"""The recipes that a study compares, and its layout: a base and candidates at equal compute.
+"""The recipes that a study compares: a base and candidates at equal compute.
 
     a recipe     a name and arguments of `forescale train`, laid over those of the base; with the
                  factors batch=X, first_batch=X and aspect=X, which are no keys of `train`
-    the layout   budgets of all recipes, and budgets of the base alone at both ends, so that no
-                 multiplier is extrapolated: one at 2/5 of the lowest, and `beyond` above the
-                 highest, each 5/2 of the one before
-    a budget     of each recipe three learning rates, and runs with other seeds, which wait for the
-                 best of them
-    size         the base's layers and width; a recipe with other parts has another N, and as many
-                 tokens as its budget pays for by its own FLOPs a token
+    size         layers and width of one menu, the base's; a recipe with other parts has another N,
+                 and as many tokens as its budget pays for by its own FLOPs a token
 
-Invariant: all recipes have the same number of learning rates and of seeds. Arguments of the base
-come first in each recipe, so that a candidate changes the base.
+Invariant: arguments of the base come first in each recipe, so that a candidate changes the base.
 """
 
 import math
@@ -28,42 +22,43 @@ from forescale.config.suggest import nearest_first
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
 from forescale.ground.foreign import read_text
-from forescale.ground.typed import Count, Positive
+from forescale.ground.typed import Positive
 from forescale.models.config import ModelConfig
-from forescale.scaling.config import PlanKeys
-from forescale.scaling.design.cells import FACTOR, GROWS, RATES, Cell, Role, make_cell
-from forescale.scaling.design.shapes import Common, Shape, StoredModel
+from forescale.scaling.design.cells import GROWS, Cell
+from forescale.scaling.design.search import Dial
+from forescale.scaling.design.shapes import Common, Shape, StoredModel, shares_of
 from forescale.scaling.design.tuning import updated_rule
 
 BASE = "base"
-_BELOW, _ABOVE = 0.4, 2.5  # from the lowest budget, and from the highest, to one of the base alone
-_EXTRA = (4, 2)  # extra rates that the first stages pay for, of each recipe; a later one pays for 1
-_ROUNDING = 0.97  # of the cap: budgets round to whole steps
 _RATE = "optimizer.learning_rate"
 _FACTORS = ("batch", "first_batch", "aspect")
 _SIZES = ("model.width", "model.num_layers", "model.depth")  # of a cell, by its budget
-BestRates = Sequence[tuple[float, float, float]]  # (non-embedding N, D, best rate) of sweeps
+# What a recipe sets itself if it has one of these arguments; a dial that it sets isn't varied.
+_SETS = {
+    "tables": ("optimizer.adam_learning_rate", "optimizer.table_learning_rate"),
+    "scalars": ("optimizer.adam_learning_rate", "optimizer.scalar_learning_rate"),
+}
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A recipe. arguments: of `forescale train`, those of the base first; model: its kind of
     layers; rate: the learning rate at which its first sweep is centred, None by the rule;
-    adam_share: see Common; batch: factor of the batch; first_batch: the first batch divided by the
+    shares: see Common; batch: factor of the batch; first_batch: the first batch divided by the
     later one, 1 or a half of it so many times; aspect: factor of layers over width."""
 
     name: str
     arguments: tuple[str, ...]
     model: StoredModel
     rate: Positive | None = None
-    adam_share: Positive | None = None
+    shares: tuple[tuple[str, Positive], ...] = ()
     batch: Positive = 1.0
     aspect: Positive = 1.0
     first_batch: Positive = 1.0
 
-    def common(self, common: Common, rates: BestRates = ()) -> Common:
-        """Return what its cells have in common. rates: of its sweeps so far. Raises UserError for a
-        batch of no whole windows, or for sizes without a ratio."""
+    def common(self, common: Common, earlier: Sequence[Cell] = ()) -> Common:
+        """Return what its cells have in common. earlier: a seed of each budget so far. Raises
+        UserError for a batch of no whole windows, or for sizes without a ratio."""
         unit, ranks = common.micro_batch, common.ranks
         least = unit * min(1.0, self.batch)
         if least % ranks or least * self.first_batch % ranks:
@@ -75,18 +70,23 @@ class Recipe:
         if self.rate is not None:
             rule = replace(rule, rate=(self.rate, 0.0, 0.0), highest=max(self.rate, rule.highest))
         aspect = common.aspect * self.aspect
-        parts: dict[str, Any] = {
-            "base": self.model,
-            "adam_share": self.adam_share,
-            "aspect": aspect,
-        }
+        parts: dict[str, Any] = {"base": self.model, "shares": self.shares, "aspect": aspect}
+        rates = [(c.shape.counts.non_embedding, c.tokens, c.learning_rate) for c in earlier]
         return replace(common, rule=updated_rule(rule, rates), **parts)
 
-    def shape(self, common: Common, budget: float, ratio: float) -> Shape:
-        """Return its model at a budget: with the base's layers and width, or, where its aspect or
-        heads forbid that, the model with the nearest N. common: the base's."""
+    def dials(self, names: Sequence[Dial]) -> list[Dial]:
+        """Return those of the dials that it doesn't set itself."""
+        keys = {text.partition("=")[0].lstrip("+") for text in self.arguments}
+        fixed = {name for name, sets in _SETS.items() if keys & {*sets}}
+        fixed |= {n for n in ("warmup", "decay") if is_set_by(self.arguments, f"schedule.{n}")}
+        fixed |= {"batch"} if self.batch != 1 else set()
+        return [name for name in names if name not in fixed]
+
+    def shape(self, common: Common, size: float) -> Shape:
+        """Return its model with the layers and width of the base's of this size, or, where its
+        aspect or heads forbid that, the model with the nearest N. common: the base's."""
         family = self.common(common).family
-        (base,) = common.family.nearest([common.centre(budget, ratio)])
+        (base,) = common.family.nearest([size])
         if self.aspect == 1.0:
             with suppress(UserError):
                 model = family.model(base.model.sizes.width, base.model.sizes.num_layers)
@@ -153,11 +153,9 @@ def recipes_of(
         optimizer = job.optimizer
         kind = kind or optimizer.kind
         has_rate = any(a.startswith(f"{_RATE}=") for a in arguments) or optimizer.kind != kind
-        adam = getattr(optimizer, "adam_learning_rate", None)
-        share = adam / optimizer.learning_rate if adam else None
         rate = optimizer.learning_rate if has_rate else None
         assert isinstance(job.model, ModelConfig)
-        recipes.append(Recipe(name, arguments, job.model, rate, share, **factors))
+        recipes.append(Recipe(name, arguments, job.model, rate, shares_of(optimizer), **factors))
     return tuple(recipes)
 
 
@@ -182,6 +180,16 @@ def _job(
     return job
 
 
+def is_set_by(recipe: Sequence[str], key: str) -> bool:
+    """True if a recipe sets this key of a cell's schedule itself. All other keys are the cell's: it
+    was planned and priced with them."""
+    if not key.startswith("schedule."):
+        return False
+    settings = dict(text.lstrip("+").split("=", 1) for text in recipe)
+    is_other = "schedule" in settings or settings.get("schedule.kind", "wsd") != "wsd"
+    return key in settings or (is_other and key in ("schedule.kind", "schedule.decay"))
+
+
 def _factor(name: str, key: str, arguments: Sequence[str]) -> float:
     """Return the factor that a recipe gives as KEY=X, 1 by default. Raises UserError if X is no
     factor."""
@@ -199,74 +207,3 @@ def _factor(name: str, key: str, arguments: Sequence[str]) -> float:
         todo = "write first_batch=0.5, 0.25, 0.125 or so on"
         raise UserError(f"recipe {name}", f"{text} is not doubled to 1", todo)
     return value
-
-
-@dataclass(frozen=True)
-class RecipeGrid:
-    """The layout of a study of recipes. budgets: FLOPs, increasing, those of the base alone at both
-    ends; seeds: runs of a recipe at its best rate, below the highest budget and from there on;
-    fresh: runs that confirm a winner; beyond: number of budgets of the base alone at the upper
-    end."""
-
-    budgets: tuple[Positive, ...]
-    ratio: Positive
-    seeds: tuple[Count, Count]
-    fresh: Count
-    beyond: Count = 1
-
-    @classmethod
-    def within_cap(cls, keys: PlanKeys, common: Common, recipes: int) -> "RecipeGrid":
-        """Return the grid with the most expensive budgets, a factor of `keys.step` apart, that the
-        cap (FLOPs) pays for, whichever rates and winners turn out. recipes: with the base."""
-        number, beyond = keys.budgets, keys.beyond
-        shares = [keys.step ** (i + 1 - number) for i in range(number)]
-        above = [_ABOVE ** (i + 1) for i in range(beyond)]
-        shares = [shares[0] * _BELOW, *shares, *above]
-        grid = cls(tuple(shares), keys.ratio, common.seeds, keys.fresh, beyond)
-        runs = [RATES + grid.runs_with_seeds(i + 1) + grid.extra(i + 1) for i in range(len(shares))]
-        counts = [1, *[recipes] * number, *[1] * beyond]
-        cost = sum(n * k * s for n, k, s in zip(runs, counts, shares, strict=True))
-        top = _ROUNDING * (keys.cap or 0.0) / (cost + keys.fresh * recipes)
-        return replace(grid, budgets=tuple(top * s for s in shares))
-
-    @property
-    def top(self) -> int:
-        """The stage of the highest budget that all recipes have."""
-        return len(self.budgets) - self.beyond
-
-    def runs_with_seeds(self, stage: int) -> int:
-        """Return the number of runs of a recipe at its best rate in stage 1, 2, ..."""
-        return self.seeds[stage >= self.top]
-
-    def extra(self, stage: int) -> int:
-        """Return the number of extra rates of a recipe that a stage pays for."""
-        return _EXTRA[stage - 1] if stage <= len(_EXTRA) else 1
-
-    def has_candidates(self, stage: int) -> bool:
-        """True if the stage has all recipes, and not the base alone."""
-        return 1 < stage <= self.top
-
-    def cells(
-        self, common: Common, recipe: Recipe, stage: int, rates: BestRates = ()
-    ) -> list[Cell]:
-        """Return the sweep of a recipe in stage 1, 2, ..., and its seeds, which wait for it."""
-        budget, varied = self.budgets[stage - 1], recipe.common(common, rates)
-        shape = recipe.shape(common, budget, self.ratio)
-        name = f"b{stage}-{recipe.name}"
-
-        def cell(suffix: str, factor: float, role: Role) -> Cell:
-            planned = make_cell(
-                varied, name, stage, shape, budget, role=role, rate_factor=factor,
-                batch_factor=recipe.batch, first_batch=recipe.first_batch, suffix=suffix,
-            )  # fmt: skip
-            return replace(planned, recipe=recipe.name)
-
-        factors = {"-lr-low": 1 / FACTOR, "-lr-high": FACTOR}
-        sweep = [cell("", 1.0, "grid"), *(cell(s, by, "rate") for s, by in factors.items())]
-        names = tuple(c.name for c in sweep)
-        # Both seeds change at once, so that the noise of weights and data is measured together.
-        seeds = [
-            replace(cell(f"-seed{i}", 1.0, "seed"), seed=common.seed + i, waits_for=names)
-            for i in range(1, self.runs_with_seeds(stage) + 1)
-        ]
-        return [*sweep, *seeds]

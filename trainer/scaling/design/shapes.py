@@ -21,6 +21,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
+from forescale.config.sections.optimizer import OptimizerConfig
 from forescale.config.sections.training import STEP_LAW_BATCH
 from forescale.ground.errors import UserError
 from forescale.ground.typed import Count, Flag, Number, Positive, Size
@@ -222,6 +223,12 @@ class Family:
         return shapes
 
 
+def shares_of(optimizer: OptimizerConfig) -> tuple[tuple[str, float], ...]:
+    """Return the other learning rates of an optimizer over its first one, by key."""
+    rate = optimizer.learning_rate
+    return tuple((f"optimizer.{name}", x / rate) for name, x in optimizer.other_rates.items())
+
+
 _SIZED = ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
 
 
@@ -276,7 +283,7 @@ class Common:
     rate: FLOP/s that a device reaches, counted by `cost`; unique: unique training tokens.
     seeds: number of the cheapest cell, and of an expensive one; joint_sweep: whether each tried
     batch is run at three learning rates.
-    adam_share: with Muon, the learning rate of AdamW's parameters divided by Muon's.
+    shares: the other learning rates that are given, by key, divided by optimizer.learning_rate.
     """
 
     base: StoredModel
@@ -292,7 +299,7 @@ class Common:
     seed: Count = 1337
     seeds: tuple[Size, Size] = SEEDS
     joint_sweep: Flag = False
-    adam_share: Positive | None = None
+    shares: tuple[tuple[str, Positive], ...] = ()
     rate: Positive | None = None
     unique: Positive | None = None
 

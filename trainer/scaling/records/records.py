@@ -72,7 +72,8 @@ def record(run: Run) -> dict[str, Any] | Refused:
     `parameters_active` are all parameters but the experts that a token does not use, and what
     predicts later tokens, which costs of training include; 6N counts the blocks and head among
     them. `expansion` is flops.expansion: 1 without experts. `seconds` are
-    wall-clock time over all attempts, waits between them included; `device_hours` are the hours of
+    wall-clock time over all attempts, waits between them included; `train_seconds` those of its
+    tokens at the pace of the median step; `device_hours` are the hours of
     each launch times its ranks; `mfu` is that of the median step. A branch has its own seconds, but
     its tokens include the trunk's.
     """
@@ -85,6 +86,7 @@ def record(run: Run) -> dict[str, Any] | Refused:
     identity = run.read_identity()
     dataset, versions = identity["dataset"], identity.get("versions", {})
     rates = [row["mfu"] for row in status.train if row.get("mfu")]
+    paces = [row["tokens_per_second"] for row in status.train if row.get("tokens_per_second")]
     init_seed = job.train.init_seed
     return {
         "name": run.name,
@@ -99,6 +101,9 @@ def record(run: Run) -> dict[str, Any] | Refused:
         "train_loss": last["loss"],
         "optimizer": job.optimizer.kind,
         "learning_rate": job.optimizer.learning_rate,
+        "table_learning_rate": job.optimizer.table_learning_rate or job.optimizer.rate_of_the_rest,
+        "scalar_learning_rate": job.optimizer.scalar_learning_rate
+        or job.optimizer.rate_of_the_rest,
         "weight_decay": job.optimizer.weight_decay,
         "batch_tokens": job.tokens_per_step,
         "steps": job.total_steps,
@@ -121,9 +126,11 @@ def record(run: Run) -> dict[str, Any] | Refused:
         "code_version": None if (v := versions.get("forescale")) == "unknown" else v,
         "torch_version": versions.get("torch"),
         "device": state.get("numerics", {}).get("device"),
+        "threads": state.get("numerics", {}).get("threads"),
         "world_size": state["world_size"],
         "mfu": float(np.median(rates)) if rates else None,
         "seconds": status.goodput.wall,
+        "train_seconds": last["tokens"] / float(np.median(paces)) if paces else None,
         "device_hours": device_hours_of(status),
     }
 

@@ -19,6 +19,7 @@ from forescale.pages import figure as chart
 from forescale.pages.document import Cell, Section, number, render
 from forescale.scaling.analysis.multipliers import Candidate, Multipliers
 from forescale.scaling.analysis.ratio import Ratio
+from forescale.scaling.analysis.recipe_cells import RecipeCell
 from forescale.scaling.report.comparison_page import ratio_cells
 from forescale.scaling.report.evidence import StudyEvidence
 from forescale.scaling.report.fit_figures import flops_key
@@ -26,6 +27,7 @@ from forescale.scaling.report.fit_page import write_report
 from forescale.scaling.report.fit_sections import reasons
 from forescale.scaling.report.provenance import provenance
 
+_COSTS = {"seconds": "seconds", "parameters": "parameters", "bytes": "bytes of text"}
 _APART = 0.5  # of a row's height, over which its budgets are spread
 _ROW, _MARGIN = 46, 130  # pixels of a row; of axis and title together
 _FINE = 61
@@ -73,17 +75,32 @@ def recipe_sections(results: Multipliers) -> list[Section]:
         f"{base[-1].flops:.2g} FLOPs. The trend of a recipe hints at larger models and proves "
         "nothing about them."
     )
-    rows: list[list[Cell]] = [["recipe", "C", "loss", "multiplier", level, "fresh seeds", level]]
-    rows += [[c.recipe, number(c.flops, 4), number(np.exp(c.log_loss)), *[""] * 4] for c in base]
+    costs = [_COSTS[name] for name in results.costs]
+    columns = ["recipe", "C", "N x D/N", "loss", "multiplier", level, *costs, "fresh seeds", level]
+    rows: list[list[Cell]] = [[*columns]]
+    for c in base:
+        at = [number(c.flops, 4), _size(c), number(np.exp(c.log_loss))]
+        rows.append([c.recipe, *at, *[""] * (len(columns) - 4)])
     rates: list[list[Cell]] = [["recipe", "C", "tried", "taken", "bracketed", "runs", "diverged"]]
     for one in results.candidates:
         for p in one.places:
             fresh: list[Cell] = _cells(p.confirmed, p.reach) if p.confirmed else ["", ""]
-            cells = [number(p.cell.flops, 4), number(np.exp(p.cell.log_loss))]
-            rows.append([one.name, *cells, *_cells(p.multiplier, p.reach), *fresh])
+            cells = [number(p.cell.flops, 4), _size(p.cell), number(np.exp(p.cell.log_loss))]
+            others = [_value(p.others[name], (0.0, np.inf)) for name in results.costs]
+            rows.append([one.name, *cells, *_cells(p.multiplier, p.reach), *others, *fresh])
         for label, ratio in (("mean", one.mean), ("a decade", one.trend)):
             if ratio is not None:
-                rows.append([one.name, label, "", *_cells(ratio), "", ""])
+                rows.append([one.name, label, "", "", *_cells(ratio), *[""] * (len(costs) + 2)])
+    if results.costs:
+        meaning += (
+            f" The other multipliers are what {results.base} needs for the same loss of "
+            f"{', '.join(costs)}, over what the recipe has, without intervals."
+        )
+    if "seconds" in results.costs:
+        meaning += (
+            " Seconds are those of the median step times the steps, on the machine of these runs "
+            "and at their small sizes; other work beside them, and another machine, change them."
+        )
     bracketed = {True: "yes", False: "no: at the edge", None: "no: fewer than three"}
     for name in (results.base, *(c.name for c in results.candidates)):
         for c in results.of(name):
@@ -99,6 +116,13 @@ def recipe_sections(results: Multipliers) -> list[Section]:
         Section("numbers", "In numbers", rows=rows, head=True),
         Section("rates", "How each recipe was tuned", rows=rates, head=True),
     ]
+
+
+def _size(c: RecipeCell) -> str:
+    """Return N and D/N of a cell, as far as its table has them."""
+    if c.ratio is None:
+        return ""
+    return f"{c.size:,.0f} x {c.ratio:.3g}"
 
 
 def _verdict(one: Candidate, results: Multipliers) -> str:

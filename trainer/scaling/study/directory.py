@@ -32,6 +32,7 @@ from typing_extensions import TypedDict
 
 from forescale.config.frozen import freeze, thaw
 from forescale.config.schema import plain
+from forescale.config.sections.optimizer import OTHER_RATES
 from forescale.config.tree import build
 from forescale.ground.errors import DONE, GAVE_UP, INTERRUPTED, USER, UserError, shortened
 from forescale.ground.foreign import read_text
@@ -46,6 +47,7 @@ from forescale.scaling.config import StudyJob
 from forescale.scaling.design.cells import Cell
 from forescale.scaling.design.pilot import PILOT
 from forescale.scaling.design.plan import StudyPlan, dump, load
+from forescale.scaling.design.recipes import is_set_by
 from forescale.scaling.records.records import of_runs
 
 _UNQUOTED = re.compile(r"[\w./ %+-]*")
@@ -249,11 +251,11 @@ class Study:
         if cell.name in forecasts:
             keys["forecast"] = str(forecasts[cell.name].path)
         recipes = {r.name: r.arguments for r in self.plan.recipes}
-        rates = ("optimizer.learning_rate=", "optimizer.adam_learning_rate=")
-        recipe = [text for text in recipes.get(cell.recipe, ()) if not text.startswith(rates)]
+        rates = {"optimizer.learning_rate", *(f"optimizer.{name}" for name in OTHER_RATES)}
+        recipe = [t for t in recipes.get(cell.recipe, ()) if t.partition("=")[0] not in rates]
         # Each cell has its sizes, beside which model.depth would be refused.
         shared = [t for t in self.job.plan.shared + recipe if not t.startswith("model.depth=")]
-        planned = [f"{k}={_quoted(v)}" for k, v in keys.items() if not _is_set_by(recipe, k)]
+        planned = [f"{k}={_quoted(v)}" for k, v in keys.items() if not is_set_by(recipe, k)]
         for text in (arguments := [*shared, *planned]):
             if not text.isprintable() or text.startswith("-"):
                 problem = f"{text!r} is no argument KEY=VALUE of forescale train"
@@ -295,6 +297,10 @@ class Study:
         losses = {s.cell.name: s.loss for s in self.states() if s.has_ended}
         return {name: math.nan if loss is None else loss for name, loss in losses.items()}
 
+    def excluded(self) -> set[str]:
+        """Return the names of the cells that are excluded."""
+        return {s.cell.name for s in self.states() if s.status == "excluded"}
+
     def retry(self, name: str) -> None:
         """Let a cell that ended without a loss start again."""
         self.event("cell_retried", cell=name)
@@ -314,7 +320,7 @@ class Study:
         planned = [cells[name] for name in table["name"]]
         columns = {"stage": "stage", "role": "role", "cell_of": "cell_of", "batch": "global_batch"}
         if self.plan.recipes:
-            columns |= {"recipe": "recipe", "budget": "budget"}
+            columns |= {c: c for c in ("recipe", "budget", "edges")}
         table = table.assign(**{c: [getattr(x, of) for x in planned] for c, of in columns.items()})
         if self.plan.recipes:  # those that diverged bracket the learning rates below them
             columns |= {c: c for c in ("name", "learning_rate", "tokens")}
@@ -337,16 +343,6 @@ def must_be_free(folder: Path) -> None:
     if any((folder / "cells").glob("*/config.yaml")):
         problem = "has been launched, so its plan can't be replaced"
         raise UserError(str(folder), problem, "choose another study=NAME")
-
-
-def _is_set_by(recipe: Sequence[str], key: str) -> bool:
-    """True if a recipe sets this key of a cell's schedule itself. All other keys are the cell's: it
-    was planned and priced with them."""
-    if not key.startswith("schedule."):
-        return False
-    settings = dict(text.lstrip("+").split("=", 1) for text in recipe)
-    is_other = "schedule" in settings or settings.get("schedule.kind", "wsd") != "wsd"
-    return key in settings or (is_other and key in ("schedule.kind", "schedule.decay"))
 
 
 def _since_last(rows: list[StudyEvent], kind: str) -> list[StudyEvent]:

@@ -58,6 +58,37 @@ def test_nominal_90_percent_intervals_cover_within_binomial_error(noise):
     assert (np.abs(np.mean(logs, axis=0)) < 3 * spread / np.sqrt(studies) + 0.004).all()
 
 
+def test_other_costs_are_read_where_the_base_has_the_recipes_loss():
+    """A step of `new` takes twice as long; N and D grow as the root of C, and `new` has a model of
+    a quarter of the base's and four times the text."""
+    table = runs(np.random.default_rng(0), {"new": 1.5}, noise=0.0)
+    is_new = table["recipe"] == "new"
+    root = np.sqrt(table["flops"] / BUDGETS[0])
+    table["train_seconds"] = table["flops"] / 1e10 * np.where(is_new, 2, 1)
+    table["parameters"] = 1e5 * root / np.where(is_new, 4, 1)
+    table["bytes"] = 1e7 * root * np.where(is_new, 4, 1)
+    table["device"] = "cpu"
+    (new,) = multipliers_of(table).candidates
+    for place in new.places:
+        values = {name: ratio.value for name, ratio in place.others.items()}
+        expected = {"seconds": 1.5 / 2, "parameters": 1.5**0.5 * 4, "bytes": 1.5**0.5 / 4}
+        assert values == pytest.approx(expected, rel=0.01)
+    table.loc[is_new, "device"] = "another"
+    results = multipliers_of(table)
+    assert results.costs == ["parameters", "bytes"]
+    assert any("Seconds are not compared" in doubt for doubt in results.doubts)
+    facts = as_dict(results)["candidates"][0]["budgets"][0]
+    assert facts["by_cost"]["bytes"]["low"] == pytest.approx(1.5**0.5 / 4, rel=0.01)
+
+
+def test_the_best_of_several_sizes_counts_and_one_at_the_edge_is_named():
+    table = runs(np.random.default_rng(0), {"new": 1.5}, noise=0.0).assign(parameters=2e5)
+    worse = [table.assign(parameters=n, loss=table["loss"] * 1.1) for n in (1e5, 4e5)]
+    assert by_name(pd.concat((table, *worse)))["new"].mean.value == pytest.approx(1.5, rel=4e-3)
+    doubts = multipliers_of(pd.concat((table, worse[0], worse[1].assign(parameters=5e4)))).doubts
+    assert any("(size) and 4 more what is in brackets is best at the edge" in d for d in doubts)
+
+
 def test_a_loss_beyond_the_base_gives_a_bound_and_no_number():
     multipliers = multipliers_of(runs(np.random.default_rng(0), {"giant": 4.0}))
     top = multipliers.candidates[0].top

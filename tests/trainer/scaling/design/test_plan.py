@@ -145,9 +145,12 @@ def test_a_plan_of_an_earlier_version_is_read(grid):
     facts = json.loads(json.dumps(dump(grid)))
     facts["common"]["aspect"] = {"layers": 12.0, "width": 768.0, "exponent": 0.75}
     for cell in (cell for stage in facts["stages"] for cell in stage["cells"]):
-        cell |= {"seconds": None}
+        cell |= {"seconds": None, "adam_share": None}
+        del cell["shares"]
         cell["shape"]["wanted"] = cell["shape"].pop("target")
     assert load(facts) == grid
+    facts["common"]["adam_share"] = 2.0
+    assert load(facts).common.shares == (("optimizer.adam_learning_rate", 2.0),)
 
 
 @pytest.mark.slow  # seconds

@@ -33,7 +33,7 @@ def planned(*arguments, beyond=1):
         file = Path(folder) / "own.yaml"
         file.write_text(yaml.safe_dump({"new": list(arguments)}))
         keys = PlanKeys(8e12, "recipes", ["new"], recipes=str(file), budgets=3, step=2.0)
-        keys.fresh, keys.beyond = 1, beyond
+        keys.fresh, keys.beyond, keys.sizes, keys.dials = 1, beyond, 1, []
         return recipes_plan(StudyJob(plan=keys), common)
 
 

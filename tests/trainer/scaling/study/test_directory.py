@@ -11,7 +11,8 @@ from forescale.config.compose import compose
 from forescale.config.train import TrainJob
 from forescale.scaling.config import PlanKeys, StudyJob
 from forescale.scaling.design.plan import StudyPlan, StudyStage
-from forescale.scaling.design.recipes import BASE, RecipeGrid, recipes_of
+from forescale.scaling.design.recipe_grid import RecipeGrid
+from forescale.scaling.design.recipes import BASE, recipes_of
 from forescale.scaling.design.shapes import Common
 from forescale.scaling.study import launching
 from forescale.scaling.study.directory import Study

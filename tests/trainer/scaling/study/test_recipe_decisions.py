@@ -9,6 +9,7 @@ import pytest
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
+from forescale.scaling.analysis.multipliers import Multipliers
 from forescale.scaling.analysis.recipe_cells import cells_of
 from forescale.scaling.config import PlanKeys, StudyJob
 from forescale.scaling.design.kinds import recipes_plan
@@ -16,7 +17,7 @@ from forescale.scaling.design.shapes import Common
 from forescale.scaling.study import directory
 from forescale.scaling.study.decisions import advance
 from forescale.scaling.study.directory import CellState, Study
-from tests.trainer.scaling.simulated_recipes import BUDGETS, runs
+from tests.trainer.scaling.simulated_recipes import BUDGETS, law, runs
 
 CAP = 8e12
 
@@ -27,6 +28,7 @@ def planned(tmp_path_factory):
     file = tmp_path_factory.mktemp("recipes") / "own.yaml"
     file.write_text("new: [model.norm=layernorm]")
     keys = PlanKeys(CAP, "recipes", ["new"], recipes=str(file), budgets=2, step=2.0, fresh=2)
+    keys.sizes, keys.dials = 1, []
     common = Common(compose(TrainJob, keys.shared).model, 257, 64, seeds=(2, 2))
     return recipes_plan(StudyJob(plan=keys), common)
 
@@ -68,11 +70,10 @@ def test_a_winner_that_diverged_at_the_highest_budget_gets_no_fresh_seeds(
 
 
 @pytest.mark.parametrize(
-    ("best", "rates", "is_inside"),
-    [(1.3, 3, True), (1.6, 4, True), (0.65, 4, True), (8.1, 6, True), (1e9, 7, False)],
+    ("best", "is_inside"), [(1.3, True), (1.6, True), (0.65, True), (30.0, True), (1e9, False)]
 )
-def test_a_sweep_goes_on_beyond_its_edge_until_it_is_bracketed_or_the_limit(
-    study, monkeypatch, best, rates, is_inside
+def test_a_search_goes_on_beyond_its_edge_and_has_as_many_runs_wherever_its_best_is(
+    study, monkeypatch, best, is_inside
 ):
     """best: in units of the first rate, with rates of 1/2, 1 and 2 times it to begin with."""
     first = study.plan.cells[0].learning_rate
@@ -83,12 +84,14 @@ def test_a_sweep_goes_on_beyond_its_edge_until_it_is_bracketed_or_the_limit(
 
     lines = list[str]()
     monkeypatch.setattr(study, "losses", losses)
-    for _ in range(8):
+    for _ in range(12):
         advance(study, lines.append)
     row = study.plan.stages[0]
     tried = [c.learning_rate / first for c in row.cells if c.role in ("grid", "rate")]
-    assert len(tried) == rates
+    assert len(tried) == len(set(tried)) == study.plan.recipe_grid.trials(1)
     assert (min(tried) < best < max(tried)) == is_inside
+    (rate,) = {c.learning_rate / first for c in row.cells if c.role == "seed"}
+    assert (rate == pytest.approx(best, rel=0.1)) == is_inside
     (event,) = (e for e in study.events if e["kind"] == "rates_chosen")
     assert (event["edges"] == []) == is_inside
     assert any("not an optimum" in line for line in lines) != is_inside
@@ -103,8 +106,18 @@ def test_a_sweep_that_is_excluded_gets_no_more_rates_and_its_recipe_ends_there(s
     lines = list[str]()
     advance(study, lines.append)
     assert [c for s in study.plan.stages for c in s.cells if c.recipe == "new"] == swept
-    assert lines == ["new: each of its learning rates is excluded in stage 2; it is left out from "
-                    "here on."]  # fmt: skip
+    (line,) = lines
+    assert line == "new: each of its runs is excluded in stage 2; it is left out from here on."
+
+
+def test_a_sweep_of_an_earlier_version_is_not_gone_on_with(study, monkeypatch):
+    tune(study, stages=())
+    first = study.plan.stages[0]
+    old = replace(first, cells=tuple(replace(c, trial=None) for c in first.cells))
+    study.revise(study.plan.with_stage(old), "planned")
+    monkeypatch.setattr(study, "losses", lambda: {c.name: 3.0 for c in study.plan.cells})
+    with pytest.raises(UserError, match=r"was planned by an earlier version.*plan a new study"):
+        advance(study, lambda line: None)
 
 
 def test_a_next_budget_above_the_cap_is_refused_before_it_begins(study, monkeypatch):
@@ -126,12 +139,12 @@ def test_a_next_budget_above_the_cap_is_refused_before_it_begins(study, monkeypa
 def test_a_run_that_diverged_counts_its_compute_by_every_convention(study, monkeypatch, cost):
     cells = [c for c in study.plan.cells if c.stage == 2]
     states = [
-        CellState(c, "diverged" if c.name.endswith("-lr-high") else "complete", 3.0) for c in cells
+        CellState(c, "diverged" if c.name.endswith("-try3") else "complete", 3.0) for c in cells
     ]
     records = [
         {"name": c.name, "loss": 3.0, "learning_rate": c.learning_rate,
          **{f"flops_{convention}": flops for convention, flops in c.flops.items()}}
-        for c in cells if not c.name.endswith("-lr-high")
+        for c in cells if not c.name.endswith("-try3")
     ]  # fmt: skip
     monkeypatch.setattr(study, "states", lambda: states)
     monkeypatch.setattr(directory, "of_runs", lambda runs: (pd.DataFrame(records), []))
@@ -140,3 +153,70 @@ def test_a_run_that_diverged_counts_its_compute_by_every_convention(study, monke
     for c in cells:
         row = study.table().set_index("name").loc[c.name]
         assert row[f"flops_{cost}"] == c.flops[cost]
+
+
+# What is best for each recipe: tokens a parameter, learning rate, and rate of tables over that.
+BEST = {"base": (60, 0.05, 6.0), "new": (4, 0.01, 1.0)}
+
+
+def simulated_loss(cell) -> float:
+    """The base needs 1.4 times the compute of `new`, each at its best size and rates."""
+    ratio, rate, tables = BEST[cell.recipe]
+    flops, share = cell.flops["causal"], dict(cell.shares).get("optimizer.table_learning_rate", 1.0)
+    off = 0.02 * np.log(cell.shape.parameters / np.sqrt(flops / (6 * ratio))) ** 2
+    off += 0.01 * np.log(cell.learning_rate / rate) ** 2 + 0.01 * np.log(share / tables) ** 2
+    noise = 3e-4 * np.random.default_rng([cell.seed, int(flops)]).standard_normal()
+    return float(law(flops, 1.4 if cell.recipe == "new" else 1.0) * np.exp(off + noise))
+
+
+@pytest.mark.parametrize(("sizes", "dials", "is_true"), [(1, [], False), (3, ["tables"], True)])
+def test_multipliers_are_of_recipes_at_their_best_sizes_and_rates(
+    tmp_path, monkeypatch, sizes, dials, is_true
+):
+    """At one size a budget, near that of `new`, and without a rate of tables, it looks far better
+    than it is."""
+    file = tmp_path / "own.yaml"
+    file.write_text("new: [model.norm=layernorm]")
+    keys = PlanKeys(3e14, "recipes", ["new"], recipes=str(file), budgets=3, beyond=2, ratio=4.0)
+    keys.sizes, keys.dials = sizes, dials
+    job = StudyJob(studies=str(tmp_path), study="fair", plan=keys)
+    common = Common(compose(TrainJob, keys.shared).model, 257, 64, seeds=(2, 2))
+    study = Study.make(job.folder, job, recipes_plan(job, common), {})
+
+    def runs() -> list:
+        exact = [s for s in study.plan.stages if s.exact]
+        return [c for s in exact for c in s.cells if not c.waits_for]
+
+    def table() -> pd.DataFrame:
+        return pd.DataFrame([
+            {"recipe": c.recipe, "budget": c.budget, "role": c.role, "loss": simulated_loss(c),
+             "learning_rate": c.learning_rate, "edges": c.edges, "flops": c.flops["causal"],
+             "parameters": c.shape.parameters, "tokens": c.tokens, "bytes": c.tokens * 4.0}
+            for c in runs()
+        ])  # fmt: skip
+
+    monkeypatch.setattr(study, "states", list)
+    monkeypatch.setattr(study, "table", table)
+    monkeypatch.setattr(study, "losses", lambda: {c.name: simulated_loss(c) for c in runs()})
+    lines, before = list[str](), None
+    while before != study.plan:
+        before = study.plan
+        advance(study, lines.append)
+    assert study.plan.stages[-1].exact
+    results = Multipliers(table(), job, "here")
+    (new,) = results.candidates
+    assert (new.mean.value == pytest.approx(1.4, rel=0.06)) == is_true
+    assert any("one size a budget" in doubt for doubt in results.doubts) != is_true
+    counts = [sum(c.recipe == name for c in study.plan.cells if c.role in ("grid", "rate")
+              and c.stage in (2, 3, 4)) for name in BEST]  # fmt: skip
+    assert counts[0] == counts[1]
+    if is_true:
+        for c in results.cells:
+            assert c.ratio == pytest.approx(BEST[c.recipe][0], rel=0.6)
+        # At equal loss the base has more tokens and fewer parameters by what both ratios say.
+        top = new.places[-1].others
+        shift = np.sqrt(1.4 * 60 / 4)
+        assert top["bytes"].value == pytest.approx(shift, rel=0.4)
+        assert top["parameters"].value == pytest.approx(1.4 / shift, rel=0.4)
+    else:
+        assert new.places[0].multiplier.value > 2

@@ -1,5 +1,7 @@
 """A study of recipes from its plan to its multipliers, with a fake training: the base needs 1.5
-times the compute of muon, and 0.8 times that of no-decay; lion always diverges."""
+times the compute of muon, and 0.8 times that of no-decay; lion always diverges.
+
+Each is best at sizes and rates of its own, and the search of each begins at muon's sizes."""
 
 import json
 import math
@@ -17,12 +19,15 @@ from tests.trainer.scaling.simulated_recipes import law
 pytestmark = pytest.mark.slow  # plans a whole study, and makes 70 runs
 
 PLAN = [
-    *("plan.kind=recipes", "plan.budgets=3", "plan.step=2", "plan.cap=8e12", "plan.seeds=[2,2]"),
-    *("plan.fresh=2", "plan.sequence_length=64", "plan.candidates=[muon,no-decay,lion]"),
+    *("plan.kind=recipes", "plan.budgets=3", "plan.step=2", "plan.cap=1e14", "plan.seeds=[2,2]"),
+    *("plan.sizes=3", "plan.dials=[tables]", "plan.ratio=4", "plan.fresh=2"),
+    *("plan.sequence_length=64", "plan.candidates=[muon,no-decay,lion]"),
 ]
 ALONE = [*PLAN, "plan.vocab_size=257", "plan.unique=4e7"]  # opens no corpus
 TRUE = {"muon": 1.5, "no-decay": 0.8}
 BEST = {"muon": 0.02, "adamw": 0.05}  # the rule's rate is 0.01, so that AdamW's sweep is too low
+RATIO = {"muon": 4, "adamw": 60}  # the best tokens per parameter
+TABLES = {"muon": 2.0, "adamw": 5.0}  # the best rate of tables, over that of matrices
 
 
 def loss_of(row) -> float:
@@ -30,10 +35,14 @@ def loss_of(row) -> float:
     if kind == "lion":
         return 99.0
     m = TRUE["muon"] if kind == "muon" else 1.0 if row["weight_decay"] else TRUE["no-decay"]
-    off = 0.01 * math.log(row["learning_rate"] / BEST[kind]) ** 2
-    seeds = [row["seed"], row["init_seed"], int(row["flops_causal"])]
+    flops = row["flops_causal"]
+    size = math.sqrt(flops / (6 * RATIO[kind]))
+    tables = row["table_learning_rate"] / row["learning_rate"] / TABLES[kind]
+    off = 0.01 * math.log(row["learning_rate"] / BEST[kind]) ** 2 + 0.005 * math.log(tables) ** 2
+    off += 0.02 * math.log(row["parameters_blocks_and_head"] / size) ** 2
+    seeds = [row["seed"], row["init_seed"], int(flops)]
     noise = 5e-4 * np.random.default_rng(seeds).standard_normal()
-    return float(law(row["flops_causal"] * 10, m) * math.exp(off + noise))
+    return float(law(flops, m) * math.exp(off + noise))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,149 @@
+"""Decides for a study of recipes: the next runs of each search, its end, the next budget, winners.
+
+    trials_added     the runs that a recipe's search asks for next, once those before have ended
+    rates_chosen     its best size and settings, which its seeds take
+    recipe_dropped   a candidate whose search gave no loss: its later runs are left out
+    stage_centred    once all have ended, the searches of the next budget, around the best so far
+    winners_chosen   fresh seeds for recipes whose multiplier is shown to be above 1 at the highest
+                     budget, once all else has ended
+
+Invariant: a search is a function of the plan and of the losses, so that the same ones give the same
+runs even if the process was killed in between.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from forescale.ground.errors import UserError
+from forescale.scaling.analysis.multipliers import Multipliers
+from forescale.scaling.design.cells import Cell
+from forescale.scaling.design.kinds import fresh_cells, highest_seeds, recipe_stage
+from forescale.scaling.design.plan import StudyPlan, StudyStage
+from forescale.scaling.design.recipes import BASE
+from forescale.scaling.study.directory import Study
+
+Log = Callable[[str], None]
+NO_LOSS = "no learning rate gave a loss"
+
+
+def tune_recipe(study: Study, number: int, name: str, log: Log) -> None:
+    """Add the next runs of a recipe's search, or end it: its seeds take the best size and settings.
+    An excluded run has no loss, and counts as one of the search."""
+    plan, stage, losses = study.plan, study.plan.stage(number), study.losses()
+    swept, grid = stage.sweep(name), plan.recipe_grid
+    if not {c.name for c in swept} <= set(losses):
+        return
+    excluded = study.excluded()
+    tried = {c.trial: math.inf if c.name in excluded else losses[c.name] for c in swept}
+    if grid is None or None in tried:
+        problem = "was planned by an earlier version, whose sweeps this one does not go on with"
+        raise UserError(str(study.folder), problem, "fit it as it is, or plan a new study")
+    if {c.name for c in swept} <= excluded:
+        _drop(study, number, name, "each of its runs is excluded", log)
+        return
+    recipe = next(r for r in plan.recipes if r.name == name)
+    earlier = earlier_seeds(plan, name, number)
+    search = grid.search(plan.common, recipe, number, earlier, tried)  # type: ignore[arg-type]
+    if search.pending:
+        parts = (plan.common, recipe, number, search.pending, earlier, len(swept))
+        wider = stage.with_extra_rates(name, grid.trial_cells(*parts))
+        wider = replace(wider, high=max(wider.high, wider.cost))
+        study.revise(plan.with_exact(wider), "trials_added", stage=number, recipe=name)
+        return
+    if not search.has_loss:
+        _drop(study, number, name, NO_LOSS, log)
+        return
+    best = grid.cell(plan.common, recipe, number, search.best, earlier)
+    cells = tuple(
+        replace(best, name=c.name, role="seed", seed=c.seed, edges=search.edges)
+        if c.waits_for and c.recipe == name
+        else c
+        for c in stage.cells
+    )
+    facts = {"recipe": name, "runs": len(swept), "edges": list(search.edges)}
+    tuned = plan.with_stage(replace(stage, cells=cells))
+    study.revise(tuned, "rates_chosen", stage=number, **facts)
+    log(f"Stage {number}, {name}: {_described(best)}, by {len(swept)} runs.")
+    if search.edges:
+        log(f"Note: {name}: best at the edge of what was tried, not an optimum: "
+            f"{', '.join(search.edges)}.")  # fmt: skip
+
+
+def _described(best: Cell) -> str:
+    """Return the size and settings of a recipe's best trial."""
+    n, trial = best.shape.parameters, best.trial
+    assert trial is not None, "a cell of a search has its trial"
+    dials = {"tables": trial.tables, "scalars": trial.scalars, "batch": trial.batch,
+             "warmup": trial.warmup, "decay": trial.decay}  # fmt: skip
+    text = f"N={n:,}, D/N {best.tokens / n:.3g}, learning rate {best.learning_rate:.2g}"
+    return text + "".join(f", {name} x{x:.2g}" for name, x in dials.items() if x not in (None, 1))
+
+
+def earlier_seeds(plan: StudyPlan, recipe: str, before: int) -> list[Cell]:
+    """Return a seed of each budget of a recipe whose search has ended, below stage `before`."""
+    seeds = {s.number: c for s in plan.stages if s.exact and s.number < before for c in s.cells
+             if c.recipe == recipe and c.role == "seed" and not c.waits_for}  # fmt: skip
+    return [*seeds.values()]
+
+
+def no_rate(study: Study, number: int, problem: str) -> UserError:
+    """Return the error of a stage whose runs can't be tuned."""
+    todo = "see forescale study status; then launch with launch.retry=true, or plan anew"
+    return UserError(f"stage {number} of {study.folder}", problem, todo)
+
+
+def _drop(study: Study, number: int, recipe: str, why: str, log: Log) -> None:
+    """Drop all later runs of a candidate. Raises UserError for the base."""
+    if recipe == BASE:
+        raise no_rate(study, number, f"has no learning rate of the base: {why}")
+    stages = [
+        replace(s, cells=tuple(
+            c for c in s.cells
+            if c.recipe != recipe or s.number < number or (s.number == number and not c.waits_for)
+        ))
+        for s in study.plan.stages
+    ]  # fmt: skip
+    plan = replace(study.plan, stages=tuple(stages))
+    study.revise(plan, "recipe_dropped", stage=number, recipe=recipe)
+    log(f"{recipe}: {why} in stage {number}; it is left out from here on.")
+
+
+def are_recipes_due(study: Study, stage: StudyStage) -> bool:
+    """True for a budget once all searches before it have ended; for the fresh seeds once all else
+    has."""
+    if stage.cells:
+        return not any(c.waits_for for s in study.plan.stages if s.exact for c in s.cells)
+    return all(s.has_ended for s in study.states())
+
+
+def decide_recipes(study: Study, stage: StudyStage, log: Log) -> None:
+    """Make a draft stage exact: the searches of a budget, or fresh seeds for the winners. Raises
+    UserError if it doesn't fit under the cap."""
+    plan = study.plan
+    if stage.cells:
+        assert plan.recipe_grid is not None, "a study of recipes has a layout"
+        left = {c.recipe for c in stage.cells}  # without those that were dropped
+        recipes = [r for r in plan.recipes if r.name in left]
+        earlier = {r.name: earlier_seeds(plan, r.name, stage.number) for r in recipes}
+        exact = recipe_stage(plan.common, plan.recipe_grid, recipes, stage.number, earlier)
+        exact = replace(exact, high=max(exact.cost, stage.high))
+        study.revise(plan.with_exact(exact), "stage_centred", stage=stage.number)
+        log(f"Stage {stage.number}: {stage.budget:.3g} FLOPs, searches around the best so far.")
+        return
+    reason, winners = "no recipe is shown to need less compute than the base", list[str]()
+    try:
+        candidates = Multipliers(study.table(), study.job, str(study.folder)).candidates
+        winners = [c.name for c in candidates if c.is_winner]
+    except UserError as e:
+        reason = str(e)
+    tuned = highest_seeds(plan)  # one that diverged there is no winner there
+    winners = [name for name in winners if name in tuned]
+    cells = fresh_cells(plan, winners, stage.number) if winners else ()
+    cost = sum(c.cost for c in cells)
+    exact = replace(stage, cells=cells, low=cost, high=cost, exact=True)
+    study.revise(plan.with_exact(exact), "winners_chosen", stage=stage.number, winners=winners)
+    if winners:
+        log(f"Needs less compute than the base so far: {', '.join(winners)}. Fresh seeds follow.")
+    else:
+        log(f"No fresh seeds are needed: {reason.rstrip('.')}.")
