@@ -98,10 +98,8 @@ class PlanKeys:
     # isoflop, recipes: number of model sizes in each budget; recipes: 1 keeps plan.ratio
     sizes: int = key(5, ge=1, common=True)
     # recipes: what each tunes at its first budgets beside size and learning rate: the rates of
-    # tables and of norms and biases, over that of matrices; batch, warm-up and decay
-    dials: list[Literal["tables", "scalars", "batch", "warmup", "decay"]] = key(
-        ["tables", "scalars", "batch", "warmup", "decay"]
-    )
+    # tables and of scalars (norms, biases) over that of matrices, batch, warm-up, decay; null: all
+    dials: list[Literal["tables", "scalars", "batch", "warmup", "decay"]] | None = None
     ladder: list[float] = key([1e5, 2e5, 4e5, 8e5])  # ladder: the model sizes N
     multiples: list[float] = key([1, 2, 4])  # ladder: training tokens D in multiples of 20 N
     model: str = "tiny"  # model=CHOICE that sets the kind of layers of all sizes

@@ -61,7 +61,7 @@ class RecipeGrid:
         above = [_ABOVE ** (i + 1) for i in range(beyond)]
         shares = [shares[0] * _BELOW, *shares, *above]
         apart = keys.spread ** (2 / max(1, sizes - 1))
-        dials = tuple(d for d in DIALS if d in keys.dials)
+        dials = tuple(d for d in DIALS if keys.dials is None or d in keys.dials)
         grid = cls(tuple(shares), keys.ratio, common.seeds, keys.fresh, beyond, sizes, apart, dials)
         runs = [grid.trials(i + 1) + grid.runs_with_seeds(i + 1) for i in range(len(shares))]
         counts = [1, *[recipes] * number, *[1] * beyond]
