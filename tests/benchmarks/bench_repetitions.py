@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from forescale import cli
+from forescale.resilience import pool
 from forescale.scaling.analysis.forecast import read_forecasts, score
 from forescale.scaling.study import launching
 from forescale.scaling.study.directory import TARGET, Study
@@ -61,7 +62,7 @@ def studied(sizes: Sizes, folder: Path, data: tuple[str, ...], seed: int) -> Stu
         assert cli.main(["study", "plan", *where, *words]) == 0
     with pytest.MonkeyPatch.context() as patch:
         if not sizes.trains:
-            patch.setattr(launching, "subprocess", FakeSubprocess)
+            patch.setattr(pool, "subprocess", FakeSubprocess)
             patch.setattr(launching, "_POLL", 0.0)
         launch = ["launch.at_once=2", "launch.target=true", "launch.contradiction=continue"]
         assert cli.main(["study", "launch", *where, *launch]) == 0

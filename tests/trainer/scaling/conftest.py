@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from forescale.resilience import pool
 from forescale.scaling.fitting.points import Points
 from forescale.scaling.study import launching
 from tests.trainer.scaling.fake_training import FakeSubprocess, FakeTraining
@@ -56,7 +57,7 @@ def fake_training():
     for name, value in (("started", []), ("devices", []), ("codes", {}), ("losses", {})):
         patch.setattr(FakeTraining, name, value)
 
-    patch.setattr(launching, "subprocess", FakeSubprocess)
+    patch.setattr(pool, "subprocess", FakeSubprocess)
     patch.setattr(launching, "_POLL", 0.0)
     yield FakeTraining
     patch.undo()

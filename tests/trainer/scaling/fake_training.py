@@ -21,6 +21,7 @@ from forescale.config.compose import compose
 from forescale.config.target import CELL, STORED
 from forescale.config.train import TrainJob
 from forescale.ground.storage import write_json, write_table
+from forescale.models.flops import flops_per_token
 from forescale.run.directory import Parent
 from forescale.run.start import start
 from forescale.scaling.records.records import record
@@ -108,8 +109,10 @@ def train(arguments, loss=None) -> None:
     seconds = {"compute": 2.0, "data": 0.1}
     first, *rest = job.data.sources or ("",)
     shares = {"shares": {first: tokens, **dict.fromkeys(rest, 0)}} if rest else {}
-    attempt.metrics.add({"kind": "train", **common, "loss": 3.0, "seconds": seconds,
-                         "tokens_per_second": 1000.0, **shares})  # fmt: skip
+    each = flops_per_token(job.model, job.train.sequence_length, causal=True)
+    cost = {"flops_causal": tokens * each, "memory_bytes": 10**8, "tokens_per_second": 1000.0}
+    row = {"kind": "train", **common, **cost, "loss": 3.0, "seconds": seconds, **shares}
+    attempt.metrics.add(row)
     score = {"dataset": "validation", "loss_stderr": 0.01, "bits_per_byte": 2.0, "windows": 7}
     attempt.metrics.add({"kind": "validation", **common, "loss": 3.0, **score})
     path = run.checkpoint_path(step)

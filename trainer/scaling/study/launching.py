@@ -11,17 +11,13 @@ queue is not started again, whoever started it. The same command goes on. A cell
 loss is reported once and starts again only with launch.retry=true.
 """
 
-import os
 import re
 import select
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 
 import numpy as np
 from scipy.optimize import nnls
@@ -31,9 +27,9 @@ from forescale.config.target import CELL, STORED, targets
 from forescale.config.train import TrainJob
 from forescale.ground.console import is_terminal, span
 from forescale.ground.errors import DONE, INTERRUPTED, PREFIX, USER, UserError
-from forescale.ground.processes import die_with_parent
 from forescale.ground.storage import write_file
-from forescale.resilience.launcher import gpus, stop_signals_handled_by
+from forescale.resilience.launcher import stop_signals_handled_by
+from forescale.resilience.pool import Pool
 from forescale.run.rows import read_rows
 from forescale.scaling.config import LaunchKeys
 from forescale.scaling.design.cells import Cell
@@ -44,7 +40,6 @@ from forescale.slurm.submit import submit
 
 _POLL, _ASK = 0.2, 15.0  # seconds: between looks at processes; between questions to the queue
 _KNOWN = 4  # complete cells from which the time of others is told
-_TAIL = 4096  # bytes of a log file in which the last message is looked for
 
 
 class Launcher(ABC):
@@ -52,7 +47,11 @@ class Launcher(ABC):
 
     def __init__(self, study: Study, keys: LaunchKeys, log: Callable[[str], None]):
         self.study, self.keys, self.log = study, keys, log
-        self.stop_signal: int | None = None
+
+    @property
+    @abstractmethod
+    def stop_signal(self) -> int | None:
+        """The stop signal that came; None before one."""
 
     @abstractmethod
     def go(self) -> int:
@@ -164,31 +163,26 @@ def expect_no_code(study: Study) -> None:
 
 
 class LocalLauncher(Launcher):
-    """Runs one study on this machine. On a machine with GPUs a cell has one for each of its ranks,
-    and no other has those meanwhile."""
+    """Runs one study on this machine, its cells in a pool. Raises UserError if the cells need more
+    GPUs than there are."""
 
     def __init__(self, study: Study, keys: LaunchKeys, log: Callable[[str], None]):
         super().__init__(study, keys, log)
         self._words = [CELL] if keys.trust else [CELL, STORED]
-        self._processes: dict[str, subprocess.Popen] = {}
-        self._gpus, ranks = gpus(), study.plan.common.ranks
-        groups = [self._gpus[i : i + ranks] for i in range(0, len(self._gpus), ranks)]
-        self._free = [",".join(group) for group in groups if len(group) == ranks]
-        self._used: dict[str, str] = {}  # GPUs by cell
+        ranks = study.plan.common.ranks
+        self._pool = Pool(study.folder / "logs", keys.at_once, log, ranks=ranks)
         self._fault: str | None = None
+
+    @property
+    def stop_signal(self) -> int | None:
+        return self._pool.stop_signal
 
     def go(self) -> int:
         """Run until nothing is left and return 0; 75 after a stop signal; 2 if a cell reported an
-        error of the user's. Raises UserError if the cells need more GPUs than there are."""
-        count, at_once, ranks = len(self._gpus), self.keys.at_once, self.study.plan.common.ranks
-        if count and at_once * ranks > count:
-            problem = f"{at_once} at once, {ranks} ranks each, need {at_once * ranks} GPUs; here "
-            todo = f"write launch.at_once={count // ranks}"
-            todo = todo if ranks <= count else "use a larger machine"
-            raise UserError("launch.at_once", f"{problem}are {count}", todo)
-        with stop_signals_handled_by(self._on_signal):
+        error of the user's."""
+        with self._pool.stopping():
             self._go_on()
-            while self._processes:
+            while self._pool.running:
                 time.sleep(_POLL)
                 if self._reap():
                     self._go_on()
@@ -206,57 +200,27 @@ class LocalLauncher(Launcher):
         except UserError as e:
             self._fault = str(e)
 
-    def _on_signal(self, number: int, frame) -> None:
-        again, self.stop_signal = self.stop_signal is not None, number
-        if not again:
-            count = len(self._processes)
-            cells = f"{count} cells save a checkpoint and end"
-            self.log(f"Stopping: {cells if count else 'no cell runs, and none starts'}.")
-        for process in self._processes.values():
-            process.send_signal(signal.SIGINT if again else signal.SIGTERM)
-
     def running(self) -> Collection[str]:
-        return self._processes
+        return self._pool.running
 
     def start_ready(self) -> None:
         """Start cells; a branch needs its trunk's checkpoint."""
         started = {s.cell.name for s in self.study.states() if s.status != "ready"}
         for cell in self.study.unfinished():
-            if len(self._processes) >= self.keys.at_once or self.stop_signal is not None:
+            if not self._pool.has_room:
                 return
             trunk, step = cell.trunk, cell.trunk_step or 0
             can_start = trunk is None or cell.name in started
             can_start = can_start or self.study.run(trunk or "").checkpoint_path(step).is_dir()
-            if can_start and cell.name not in self._processes:
-                expect_within_cap(self.study, cell, self._processes)
+            if can_start and cell.name not in self._pool.running:
+                expect_within_cap(self.study, cell, self._pool.running)
                 self._start(cell)
 
     def _start(self, cell: Cell) -> None:
-        path = self._log_of(cell.name)
-        path.parent.mkdir(exist_ok=True)
-        if path.is_symlink():  # to what isn't the study's
-            raise UserError(str(path), "is a link, so no output is added to it", "remove it")
-        at_once = 1 if cell.role == "target" else self.keys.at_once
-        ranks = self.study.plan.common.ranks
-        threads = max(1, len(os.sched_getaffinity(0)) // at_once // ranks)
-        words = [*self.study.arguments(cell), f"launch.processes={ranks}", *self._words]
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-        if self._gpus:
-            self._used[cell.name] = environment["CUDA_VISIBLE_DEVICES"] = self._free.pop(0)
-        with open(path, "ab") as f:
-            self._processes[cell.name] = subprocess.Popen(
-                [sys.executable, "-P", "-m", "forescale", "train", *words],
-                stdin=subprocess.DEVNULL,
-                stdout=f,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
-        self.study.event("cell_started", cell=cell.name, pid=self._processes[cell.name].pid)
-
-    def _log_of(self, name: str) -> Path:
-        return self.study.folder / "logs" / f"{name}.log"
+        ranks = f"launch.processes={self.study.plan.common.ranks}"
+        words = [*self.study.arguments(cell), ranks, *self._words]
+        process = self._pool.start(cell.name, words, alone=cell.role == "target")
+        self.study.event("cell_started", cell=cell.name, pid=process)
 
     def _left(self) -> str:
         seconds = seconds_left(self.study.states(), self.keys.at_once)
@@ -264,24 +228,15 @@ class LocalLauncher(Launcher):
 
     def _reap(self) -> bool:
         """Record the cells that have ended; True if there are any."""
-        before = len(self._processes)
-        for name, process in list(self._processes.items()):
-            if (code := process.poll()) is None:
-                continue
-            del self._processes[name]
-            if name in self._used:
-                self._free.insert(0, self._used.pop(name))
-            path, why = self._log_of(name), ""
-            if code not in (DONE, INTERRUPTED) and path.exists():
-                text = path.read_bytes()[-_TAIL:].decode(errors="replace")
-                _, mark, message = text.rpartition("forescale: ")  # an error message, or a line
-                why = (message.strip() if mark else text.strip().rpartition("\n")[2])[:500]
-            self.study.event("cell_ended", cell=name, code=code, why=why)
-            state = self.study.state(next(c for c in self.study.plan.cells if c.name == name))
+        ends = self._pool.ended()
+        for end in ends:
+            self.study.event("cell_ended", cell=end.name, code=end.code, why=end.why)
+            state = self.study.state(next(c for c in self.study.plan.cells if c.name == end.name))
             self.log(summary(self.study, state) + self._left())
-            if code == USER and state.status != "diverged":
-                self._fault = f"{name}: {why or f'see {path}'}"
-        return len(self._processes) < before
+            if end.code == USER and state.status != "diverged":
+                where = self.study.folder / "logs" / f"{end.name}.log"
+                self._fault = f"{end.name}: {end.why or f'see {where}'}"
+        return bool(ends)
 
 
 class QueueLauncher(Launcher):
@@ -290,6 +245,11 @@ class QueueLauncher(Launcher):
     def __init__(self, study: Study, keys: LaunchKeys, log: Callable[[str], None]):
         super().__init__(study, keys, log)
         self._ended = {s.cell.name for s in study.states() if s.has_ended}
+        self._signal: int | None = None
+
+    @property
+    def stop_signal(self) -> int | None:
+        return self._signal
 
     def go(self) -> int:
         """Return 0 when nothing is left, or after submitting without `follow`; 75 after a stop
@@ -314,7 +274,7 @@ class QueueLauncher(Launcher):
         return INTERRUPTED
 
     def _on_signal(self, number: int, frame) -> None:
-        self.stop_signal = number
+        self._signal = number
 
     def running(self) -> dict[str, str]:
         runs = [self.study.run(c.name) for c in self.study.plan.cells]

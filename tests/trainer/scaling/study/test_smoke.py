@@ -5,6 +5,7 @@ import json
 import pytest
 
 from forescale import cli
+from forescale.resilience import pool
 from forescale.scaling.analysis.forecast import read_forecasts
 from forescale.scaling.study import launching
 from forescale.scaling.study.directory import Study
@@ -43,7 +44,7 @@ def test_a_study_runs_from_plan_to_score_although_its_launcher_is_killed(
     real = (*(c.name for c in study.plan.cells if c.role == "grid"), "target")
     monkeypatch.setattr(MostlyFake, "real", real)
     monkeypatch.setattr(MostlyFake, "losses", dict.fromkeys(swept, 5.5))  # all but guessing
-    monkeypatch.setattr(launching.subprocess, "Popen", MostlyFake)
+    monkeypatch.setattr(pool.subprocess, "Popen", MostlyFake)
     monkeypatch.setattr(launching, "_POLL", 0.02)
     assert cli.main(["study", "launch", *launch]) == 0
     study = Study(study.folder)
