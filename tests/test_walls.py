@@ -62,8 +62,9 @@ ALLOWED = {
         "pages config scaling.config scaling.fitting scaling.forecasting scaling.analysis "
         "scaling.design scaling.study scaling.report"
     ),
+    "trials": "pages models config run resilience monitor",
     "verbs": (
-        "config data engine run resilience checkpoint monitor train drill inference "
+        "trials config data engine run resilience checkpoint monitor train drill inference "
         "inspection serving plan rehearsal slurm scaling.config scaling.study scaling.actions"
     ),
     "cli": "config verbs",

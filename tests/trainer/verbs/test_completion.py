@@ -33,7 +33,7 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        (["tr"], ["train"]),
+        (["tra"], ["train"]),
         (["--v"], ["--version"]),
         (["train", "tr"], ["train.", "trust="]),
         (["train", "train.steps"], ["train.steps="]),

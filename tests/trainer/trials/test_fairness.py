@@ -1,0 +1,58 @@
+"""A change may touch nothing that decides what is measured."""
+
+import pytest
+
+from forescale.ground.errors import UserError
+from forescale.trials.fairness import changed_side, changes_of, side, unfair
+
+WORDS = ["data=bytes", "train.steps=40", "train.sequence_length=32", "model.width=32"]
+
+
+@pytest.fixture(scope="module")
+def base():
+    return side(WORDS)
+
+
+@pytest.mark.parametrize("word", [
+    "data.path=/tmp", "data=dataset", "validation.every=3", "train.seed=7", "train.init_seed=7",
+    "train.tokens=99999", "train.steps=500", "train.sequence_length=64", "objective=masked",
+    "run.name=x", "callbacks=[]",
+])  # fmt: skip
+def test_a_change_of_what_is_measured_is_refused_by_its_key(base, word):
+    with pytest.raises(UserError, match=word.partition("=")[0].partition(".")[0]):
+        changed_side(base, [word], "flops")
+
+
+def test_a_change_has_the_compute_of_the_base(base):
+    changed = changed_side(base, ["model.num_layers=9"], "flops")
+    assert changed.tokens < base.tokens
+    assert changed.flops == pytest.approx(base.flops, rel=0.03), "within a step"
+    assert changed_side(base, ["model.num_layers=9"], "tokens").tokens == base.tokens
+
+
+def test_a_larger_batch_brings_no_more_tokens(base):
+    changed = changed_side(base, ["train.global_batch=16"], "flops")
+    assert changed.tokens == base.tokens
+    assert changed.job.total_steps == base.job.total_steps / 2
+
+
+def test_what_a_change_changes_is_named_and_nothing_is_refused(base):
+    changed = changed_side(base, ["model.mlp=gelu"], "flops")
+    assert changes_of(base, changed)["model.mlp.kind"] == ["swiglu", "gelu"]
+    with pytest.raises(UserError, match="changes nothing"):
+        changed_side(base, ["model.mlp=swiglu"], "flops")
+
+
+FACTS = {
+    "data": "a", "seed": 1, "batch": 256, "tokens": 10240, "order": "x", "flops": 1e9,
+    "scored": ["validation", 7, 7, 7],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("fact", "word"), [
+    ({"data": "b"}, "text"), ({"seed": 2}, "seed"), ({"order": "y"}, "order"),
+    ({"scored": ["validation", 6, 7, 7]}, "held-out"), ({"flops": 1.2e9}, "flops"),
+])  # fmt: skip
+def test_a_pair_that_differs_beside_the_change_is_named(fact, word):
+    assert not unfair(FACTS, FACTS, "flops")
+    assert word in " ".join(unfair(FACTS, FACTS | fact, "flops"))

@@ -1,0 +1,142 @@
+"""`forescale try` from its question to its answer, with simulated runs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from forescale.trials import campaign as module
+from forescale.trials.ledger import Ledger
+from tests.trainer.trials.conftest import BASE, Simulated
+
+GELU = ("--", "model.mlp=gelu")
+
+
+def rows(kind):
+    return Ledger(Path("campaigns/first/log.jsonl")).of(kind)
+
+
+def test_a_better_change_is_confirmed_by_fresh_seeds_and_worth_a_factor(tried):
+    Simulated.gains = {"gelu": 0.03}
+    code, out, _ = tried("gelu", BASE, *GELU)
+    assert code == 0
+    assert "gelu: better (confirmed by fresh seeds)." in out
+    assert "Noise of seeds: 0." in out
+    assert "Factor of compute" in out
+    first, fresh = (
+        [row for row in rows("pair") if row["stage"] == stage] for stage in ("first", "fresh")
+    )
+    assert [row["seed"] for row in first] == list(range(1, len(first) + 1))
+    assert {"gelu-s1001", "base-s1001"} <= set(Simulated.names)
+    assert len(fresh) >= 2
+    page = Path("campaigns/first/report.html").read_text()
+    assert "confirmed by fresh seeds" in page
+    assert Ledger(Path("campaigns/first/log.jsonl")).head in page
+
+
+def test_a_null_change_is_no_better_and_a_small_one_not_yet_known_until_it_has_more_pairs(tried):
+    code, out, _ = tried("gelu", BASE, "gain=0.02", *GELU)
+    assert code == 0
+    assert "gelu: no better (a gain of 2.00% or more is ruled out)." in out
+    assert "base-half-s1" not in Simulated.names, "only a better change needs its factor"
+
+    Simulated.gains = {"relu": 0.008}
+    _, out, _ = tried("relu", "pairs=3", "--", "model.mlp=relu2")
+    assert "relu: not yet known (more pairs can tell)." in out
+    before = len(rows("pair"))
+    _, out, _ = tried("relu", "pairs=40", "gain=0.001")
+    assert "relu: better" in out
+    assert len(rows("pair")) > before
+    assert [row["number"] for row in rows("attempt")] == [1, 2]
+    assert rows("attempt")[1]["threshold"] == pytest.approx(6 / 0.05)
+    assert Simulated.names.count("base-s1") == 1, "runs of the base are shared"
+
+
+def test_a_larger_size_is_predicted_before_its_first_run(tried):
+    Simulated.gains = {"gelu": 0.03}
+    larger = "larger=[model.width=48,train.tokens=2000]"
+    _, out, _ = tried("gelu", BASE, larger, *GELU)
+    assert "better at the larger size too" in out
+    kinds = [row["kind"] for row in Ledger(Path("campaigns/first/log.jsonl")).rows]
+    names = [row.get("name", "") for row in Ledger(Path("campaigns/first/log.jsonl")).rows]
+    ran = [i for i, name in enumerate(names) if "larger" in name]
+    assert kinds.index("prediction") < ran[0]
+
+
+def test_what_would_fool_it_is_refused_by_name(tried, monkeypatch):
+    Simulated.gains = {"gelu": 0.03}
+    tried("gelu", BASE, "pairs=2", *GELU)
+    for words, part in (
+        (("again", *GELU), "is the change of gelu"),
+        (("gelu", "--", "model.mlp=relu2"), "is the trial of [model.mlp=gelu]"),
+        (("other", "base=[data=bytes,train.steps=99]", "--", "model.mlp=relu2"), "base="),
+        (("longer", "--", "train.tokens=9999"), "train.tokens"),
+        (("easy", "--", "data.path=/tmp"), "data.path"),
+        (("base-x", "--", "model.mlp=relu2"), "is no name"),
+        (("new",), "needs a change"),
+    ):
+        code, _, err = tried(*words)
+        assert code == 2, words
+        assert part in err
+        assert err.count("\n") == 1
+    assert len(rows("attempt")) == 1, "what is refused before it begins is no attempt"
+
+    monkeypatch.setattr(module, "code_hash", lambda: "another")
+    code, _, err = tried("relu", "--", "model.mlp=relu2")
+    assert code == 2
+    assert "the code of forescale has changed" in err
+
+    log = Path("campaigns/first/log.jsonl")
+    log.write_text(log.read_text().replace('"threshold": 40', '"threshold": 4', 1))
+    code, _, err = tried()
+    assert code == 2
+    assert "restore" in err
+
+
+def test_a_run_that_was_deleted_changes_no_pair_and_is_not_drawn_again(tried):
+    tried("gelu", BASE, "pairs=2", "gain=0.0001", *GELU)
+    pairs = rows("pair")
+    shutil.rmtree("campaigns/first/runs/gelu-s2")
+    tried("gelu", "pairs=3")
+    assert rows("pair")[:2] == pairs
+    assert Simulated.names[-2:] == ["base-s3", "gelu-s3"]
+
+
+def test_a_budget_is_hard_and_what_failed_counts(tried):
+    _, out, _ = tried("gelu", BASE, "budget.runs=5", "gain=0.0001", *GELU)
+    assert len(Simulated.names) == 5
+    assert "Stopping: budget.runs=5 is spent" in out
+    assert "not yet known" in out
+    Simulated.codes = {"relu-s1": 2}
+    code, _, err = tried("relu", "--", "model.mlp=relu2")
+    assert code == 2
+    assert "relu-s1: optimizer: is refused" in err
+    assert len(rows("attempt")) == 2
+    assert rows("stopped")[-1]["attempt"] == 2
+    code, out, _ = tried()
+    assert code == 0
+    assert "stopped" in out
+
+
+def test_a_diverged_run_counts_as_a_uniform_guess(tried):
+    Simulated.losses = {}
+    Simulated.gains = {"gelu": -1.0}  # beyond a uniform guess
+    _, out, _ = tried("gelu", BASE, *GELU)
+    assert "gelu: no better" in out
+    assert {row["change"]["state"] for row in rows("pair")} == {"diverged"}
+
+
+def test_the_answer_for_programs(tried):
+    Simulated.gains = {"gelu": 0.03}
+    code, out, _ = tried("gelu", BASE, "--json", *GELU)
+    assert code == 0
+    facts = json.loads(out)
+    (trial,) = facts["trials"]
+    assert trial["answer"] == "better"
+    assert trial["interval"][0] > 0
+    assert trial["factors"]["compute"]["value"] > 1
+    assert facts["log"] == Ledger(Path("campaigns/first/log.jsonl")).head
+    code, out, err = tried("--json", "campaign=none")
+    assert code == 2
+    assert "holds no campaign" in err or "holds no campaign" in out

@@ -1,0 +1,199 @@
+"""What makes a pair fair: both sides differ in the change alone.
+
+    before a run    the two composed jobs: keys that decide what is measured are the base's
+    after a pair    what both really trained on and were scored on, from the rows of their metrics
+
+Invariant: a change that touches what is measured is refused by the name of its key; a pair whose
+sides had another text, order, compute, held-out text or code counts for nothing, and says why.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from forescale.config.compose import compose
+from forescale.config.frozen import diff
+from forescale.config.layers import LENGTHS
+from forescale.config.train import TrainJob
+from forescale.ground.errors import UserError
+from forescale.models.config import ModelConfig
+from forescale.models.flops import flops_per_token
+from forescale.monitor.status import Status
+from forescale.run.directory import Run
+from forescale.run.rows import read_rows
+from forescale.run.start import open_sources, settle
+
+# Keys that a change may not have, by why: they decide what is measured, or what a run costs.
+_REFUSED = {
+    "data.": "decides which text is read",
+    "validation.": "decides how a run is scored",
+    "objective.": "decides what the loss is",
+    "train.seed": "is set by the trial, alike for both sides",
+    "train.init_seed": "is set by the trial, alike for both sides",
+    "train.sequence_length": "decides how much text is before a token that is scored",
+    "run.": "names the run, which the trial does",
+    "faults": "damages a run on purpose",
+    "callbacks": "is code that runs beside the training and could read or change anything",
+    **dict.fromkeys(LENGTHS, "decides how long a run is; write equal=tokens or equal=flops"),
+}
+_SAME = 1e-3  # relative difference of two runs' compute or tokens that rounding to steps explains
+_SCORED = ("dataset", "targets", "windows", "bytes")
+
+
+@dataclass(frozen=True)
+class Side:
+    """The base, or the change: words of `train` and what a run costs. job: composed and settled;
+    tokens: of a whole run; flops: of one, 0 for a class of the user's own."""
+
+    words: tuple[str, ...]
+    job: TrainJob
+    tokens: int
+    flops: float
+
+
+def side(words: Sequence[str]) -> Side:
+    """Return the side with these words. Raises UserError (ConfigError is one) if `train` would
+    refuse them, or if its loss isn't that of each next token."""
+    composed = compose(TrainJob, [*words])
+    if not composed.objective.is_next_token:
+        problem = f"objective {composed.objective.kind} has another loss than that of next tokens"
+        raise UserError("base", problem, "leave it out")
+    job = settle(composed, open_sources(composed.data))
+    tokens = job.total_steps * job.tokens_per_step
+    flops = 0.0
+    if isinstance(job.model, ModelConfig):
+        flops = tokens * flops_per_token(job.model, job.train.sequence_length, causal=True)
+    return Side(tuple(words), job, tokens, flops)
+
+
+def joined(words: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
+    """Return both lists of words; a length among the others replaces the first one's."""
+    has_length = any(word.partition("=")[0] in LENGTHS for word in others)
+    rest = [w for w in words if not (has_length and w.partition("=")[0] in LENGTHS)]
+    return (*rest, *others)
+
+
+def with_tokens(words: Sequence[str], tokens: int) -> tuple[str, ...]:
+    """Return words with this length, and without another one."""
+    return joined(words, [f"train.tokens={tokens}"])
+
+
+def changed_side(base: Side, change: Sequence[str], equal: str) -> Side:
+    """Return the side of a change, which costs as much as the base: as many FLOPs, or tokens.
+
+    Raises UserError for a key that a change may not have, for one that changes nothing, or for a
+    class of the user's own with equal=flops, whose compute isn't known.
+    """
+    for word in change:
+        name = word.partition("=")[0].lstrip("+~")
+        for refused, why in _REFUSED.items():
+            if name == refused or name == refused.rstrip(".") or name.startswith(refused):
+                raise UserError(name, f"{why}, so a change can't have it", "leave it out")
+    words = with_tokens([*base.words, *change], base.tokens)
+    changed = side(words)
+    keys = [c.key for c in diff(base.job, changed.job) if c.key not in LENGTHS]
+    for key in keys:  # a choice of a group can change it too
+        for refused, why in _REFUSED.items():
+            if key == refused or (refused.endswith(".") and key.startswith(refused)):
+                problem = f"the change sets it, and it {why}"
+                raise UserError(key, problem, "give the base this key, or leave it out")
+    if not keys:
+        raise UserError(" ".join(change), "changes nothing", "see forescale train --help")
+    if equal == "tokens":
+        return changed
+    if not (base.flops and changed.flops):
+        problem = "the compute of a model class of your own isn't known"
+        raise UserError("equal", problem, "write equal=tokens")
+    tokens = int(base.flops / (changed.flops / changed.tokens))
+    step = changed.job.tokens_per_step
+    return side(with_tokens(words, max(1, round(tokens / step)) * step))
+
+
+def changes_of(base: Side, changed: Side) -> dict[str, list[str]]:
+    """Return what the change changes: each key with its old and new value, as texts."""
+    return {
+        c.key: [str(c.old), str(c.new)] for c in diff(base.job, changed.job) if c.key not in LENGTHS
+    }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. state: "complete", "diverged", "open" for one that can go on; loss: of the
+    held-out text, that of a uniform guess for one that diverged; facts: what it trained on."""
+
+    state: str
+    loss: float
+    facts: dict[str, Any]
+
+
+def outcome(run: Run, uniform: float) -> Outcome:
+    """Return how a run ended. uniform: the loss of a uniform guess, which a diverged run has."""
+    if not run.config.is_file():
+        return Outcome("open", uniform, {})
+    status = Status(run)
+    if status.state == "halted":
+        return Outcome("diverged", uniform, facts_of(run, status))
+    score = status.validation
+    if status.state != "complete" or not score or score["step"] != status.job.total_steps:
+        return Outcome("open", uniform, {})
+    loss = float(score["loss"])
+    facts = facts_of(run, status)
+    return Outcome("complete", loss, facts) if loss < uniform else Outcome(
+        "diverged", uniform, facts
+    )  # fmt: skip
+
+
+def facts_of(run: Run, status: Status) -> dict[str, Any]:
+    """Return what a run trained on and was scored on, what it took, and the hash of its order."""
+    rows = read_rows(run.metrics, kind="train")
+    order = hashlib.sha256()
+    for row in rows:
+        order.update(f"{row.get('g0')} {row.get('g1')} {row.get('tokens_hash')}\n".encode())
+    seconds = sorted(sum((row.get("seconds") or {}).values()) for row in rows) or [0.0]
+    identity = run.read_identity()
+    score = status.validation or {}
+    return {
+        "data": identity["dataset"].get("identity"),
+        "seed": status.job.train.seed,
+        "batch": status.job.tokens_per_step,
+        "tokens": status.tokens,
+        "order": order.hexdigest(),
+        "flops": status.last.get("flops_causal") or 0.0,
+        "scored": [score.get(name) for name in _SCORED],
+        "seconds": seconds[len(seconds) // 2] * len(rows),
+        "wall": status.goodput.wall,
+        "memory": max((row.get("memory_bytes") or 0 for row in rows), default=0),
+    }
+
+
+def unfair(base: dict[str, Any], changed: dict[str, Any], equal: str) -> list[str]:
+    """Return in what a pair differs beside the change; a sentence each, none for a fair pair."""
+    problems = []
+    for name, noun in (("data", "the text"), ("seed", "the seed"), ("scored", "the held-out text")):
+        if base[name] != changed[name]:
+            problems.append(f"{noun} is {changed[name]} where the base has {base[name]}")
+    alike = base["batch"] == changed["batch"] and base["tokens"] == changed["tokens"]
+    if alike and base["order"] != changed["order"]:
+        problems.append("the same windows came in another order, or hold other tokens")
+    much, other = base[equal], changed[equal]
+    step = changed["batch"] / max(changed["tokens"], 1)
+    if not much or abs(other / much - 1) > _SAME + step:
+        problems.append(f"it had {other:.6g} {equal} where the base had {much:.6g}")
+    return problems
+
+
+@cache
+def code_hash() -> str:
+    """Return the SHA-256 of the project's own code and configs, which train and score a run."""
+    root = Path(__file__).resolve().parents[1]
+    tops = [root, *(root / name for name in ("models", "conf", "slurm"))]
+    if not (root / "models").is_dir():  # a checkout, where they stand beside
+        tops = [root, *(root.parent / name for name in ("models", "conf", "slurm"))]
+    files = {p.resolve() for top in tops for kind in ("*.py", "*.yaml") for p in top.rglob(kind)}
+    total = hashlib.sha256()
+    for path in sorted(files, key=str):
+        total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()

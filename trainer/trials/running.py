@@ -1,0 +1,132 @@
+"""Trains the runs of a trial, pair after pair, until its verdict stands.
+
+Invariant: a run starts only if it is within what the campaign may spend, and is in the log once it
+has ended, however it ended. A verdict stops the trial: runs of later pairs don't start, and those
+that run are stopped. The same command goes on.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from forescale.config.target import CELL
+from forescale.ground.errors import DONE, GAVE_UP, INTERRUPTED, USER, UserError
+from forescale.resilience.pool import Ended, Pool
+from forescale.run.rows import read_rows
+from forescale.trials.campaign import Planned, Trial
+from forescale.trials.config import BudgetKeys, TryJob
+
+_POLL = 0.2  # seconds between looks at processes
+_CRASHES = 3  # of one run, after which the trial stops
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the campaign's lock, which the kernel frees if the process dies. Raises UserError if
+    another process holds it."""
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        todo = "wait for it, or choose another campaign=NAME"
+        raise UserError(str(folder), "is in use by another process", todo) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Runner:
+    """Runs one trial. log: gets a line for each pair and each verdict."""
+
+    def __init__(self, trial: Trial, job: TryJob, log: Callable[[str], None]):
+        self.trial, self.job, self.log = trial, job, log
+        self.campaign = trial.campaign
+        self.pool = Pool(self.campaign.folder / "logs", job.at_once, log, key="at_once", noun="run")
+        self._crashes = Counter[str]()
+        self._planned: dict[str, Planned] = {}
+        self._budget_is_spent = False
+
+    def go(self) -> int:
+        """Run until the trial is over, and return 0; 75 after a stop signal. Raises UserError for a
+        change that `train` refuses, or that isn't fair."""
+        with self.pool.stopping():
+            try:
+                self._go_on()
+                while self.pool.running:
+                    time.sleep(_POLL)
+                    if ends := self.pool.ended():
+                        for end in ends:
+                            self._enter(end)
+                        self._go_on()
+            except UserError:
+                self._stop_rest()
+                raise
+        return INTERRUPTED if self.pool.stop_signal is not None else DONE
+
+    def _go_on(self) -> None:
+        most = max(self.job.pairs, self.trial.row["pairs"])
+        self.trial.settle(most, self.log)
+        planned_now = self.trial.planned(most)
+        self._planned |= {p.name: p for p in planned_now}
+        needed = {p.name for p in planned_now}
+        self.pool.stop([name for name in self.pool.running if name not in needed])
+        for planned in planned_now:
+            if not self.pool.has_room or self._budget_is_spent:
+                return
+            if planned.name in self.pool.running or self.trial.outcome(planned).state != "open":
+                continue
+            if not self._pays(planned):
+                return
+            self.pool.start(planned.name, [*planned.words, CELL])
+
+    def _stop_rest(self) -> None:
+        self.pool.stop(self.pool.running)
+        while self.pool.running:
+            time.sleep(_POLL)
+            for end in self.pool.ended():
+                self._enter(end, quietly=True)
+
+    def _pays(self, planned: Planned) -> bool:
+        """True if the campaign may still spend what a run costs; says so once if not."""
+        budget: BudgetKeys = self.job.budget
+        flops, seconds, count = self.campaign.spent()
+        under_way = [self._planned[name].flops for name in self.pool.running]
+        limits = (
+            ("flops", budget.flops, flops + sum(under_way) + planned.flops),
+            ("seconds", budget.seconds, seconds),
+            ("runs", budget.runs, count + len(under_way) + 1),
+        )
+        for name, limit, cost in limits:
+            if limit is not None and cost > limit:
+                self._budget_is_spent = True
+                self.campaign.ledger.add("stopped", attempt=self.trial.row["number"], why=name)
+                rest = f"the next run would make it {cost:.4g}"
+                self.log(f"Stopping: budget.{name}={limit:.4g} is spent; {rest}.")
+                return False
+        return True
+
+    def _enter(self, end: Ended, quietly: bool = False) -> None:
+        """Enter a run that ended in the log. Raises UserError if it can't be had."""
+        run = self.campaign.run(end.name)
+        rows = read_rows(run.metrics, kind="train") if run.config.is_file() else []
+        flops = float(rows[-1].get("flops_causal") or 0.0) if rows else 0.0
+        seconds = sum(sum((row.get("seconds") or {}).values()) for row in rows)
+        self.campaign.ledger.add(
+            "ran", attempt=self.trial.row["number"], name=end.name, code=end.code, why=end.why,
+            flops=flops, seconds=seconds,
+        )  # fmt: skip
+        if quietly or end.code in (DONE, INTERRUPTED):
+            return
+        halted = self.trial.outcome(self._planned[end.name]).state == "diverged"
+        self._crashes[end.name] += 1
+        gave_up = end.code in (USER, GAVE_UP) or self._crashes[end.name] >= _CRASHES
+        if gave_up and not halted:
+            problem = end.why or f"it ended with code {end.code}"
+            todo = f"see {self.pool.logs / end.name}.log; the attempt counts"
+            self.campaign.ledger.add("stopped", attempt=self.trial.row["number"], why=problem)
+            raise UserError(end.name, problem.rstrip("."), todo)

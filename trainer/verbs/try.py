@@ -1,0 +1,73 @@
+"""`forescale try`: is a change better than the base? Pairs of runs until the answer is known."""
+
+# ruff: noqa: N999 (the file has the name of its verb)
+
+import json
+import math
+
+from forescale.config.compose import compose
+from forescale.config.job import overrides_of
+from forescale.ground.console import open_console
+from forescale.ground.errors import DONE, UserError
+from forescale.trials import page
+from forescale.trials.answer import answer, answers
+from forescale.trials.campaign import Campaign
+from forescale.trials.config import TryJob
+from forescale.trials.running import Runner, alone
+
+JOB = TryJob
+EXAMPLES = (
+    "try window base=[experiment=first] -- model.mixer=window",
+    "try window pairs=24   (go on, with more pairs)",
+    "try norm larger=[model.width=128,train.tokens=4e7] -- model.norm=layernorm",
+    "try   (the trials of the campaign, and its page)",
+)
+
+
+def main(words: list[str]) -> int:
+    """Run a trial until it has an answer, or show the campaign. Returns 0 with an answer, also with
+    `not yet known`; 75 after a stop signal."""
+    at = words.index("--") if "--" in words else len(words)
+    overrides = overrides_of(TryJob, words[:at])
+    job = compose(TryJob, overrides)
+    if at < len(words):
+        job.change = [*job.change, *words[at + 1 :]]
+    code = DONE
+    if job.name is None:
+        if job.change:
+            raise UserError("try", "needs a name for the change", "write forescale try NAME -- ...")
+        campaign = Campaign(job.folder)
+    else:
+        campaign, code = _tried(job)
+    known = answers(campaign)
+    page.write(campaign, known, job.report)
+    if job.json:
+        facts = {"campaign": job.campaign, "trials": [a.as_dict() for a in known]}
+        print(json.dumps({**facts, "log": campaign.ledger.head, "page": str(job.report)}))
+        return code
+    page.show(known, open_console())
+    print(f"\nPage: {job.report}. Last hash of the log: {campaign.ledger.head[:16]}.")
+    return code
+
+
+def _tried(job: TryJob) -> tuple[Campaign, int]:
+    """Run the trial of a job; return its campaign, and the exit code."""
+    log = (lambda _: None) if job.json else _log
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with alone(job.folder):
+        campaign = Campaign.opened(job)
+        trial = campaign.attempt(job)
+        number, needed = trial.row["number"], trial.row["threshold"]
+        log(f"{trial.name} is attempt {number} of campaign {job.campaign}: better needs an "
+            f"e-value of {needed:.4g}.")  # fmt: skip
+        code = Runner(trial, job, log).go()
+        a = answer(trial)
+        log(f"{trial.name}: {a.word} ({a.why}).")
+        for noun, factor in a.factors.items():
+            if math.isfinite(factor.value):
+                log(f"Factor of {noun}: {factor}.")
+    return campaign, code
+
+
+def _log(line: str) -> None:
+    print(line, flush=True)
