@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NotRequired
 
 from forescale.config.duration import Duration
 from forescale.config.job import Problems
@@ -283,6 +283,10 @@ class SlurmConfig:
         return notes
 
 
+# What all kinds of `submit` print with --json; scripts: of --dry-run; complete: runs that are.
+SUBMITTED = dict.fromkeys(("jobs", "scripts", "complete"), NotRequired[list])
+
+
 @dataclass
 class SubmitConfig:
     """Section `submit`."""
@@ -299,6 +303,7 @@ class SubmitJob(PlanJob):
 
     VERB: ClassVar[str] = "submit"
     FLAGS: ClassVar = {"--dry-run": "submit.dry_run"}
+    PRINTS: ClassVar = SUBMITTED
     RESUMES: ClassVar[bool] = True
 
     slurm: SlurmConfig = section(SlurmConfig, kind="free")  # nodes of the cluster and their setup

@@ -20,11 +20,12 @@ from forescale.config.schema import ConfigError, Problem, key, section
 from forescale.config.sizes import Sizes
 from forescale.config.train import TrainJob
 from forescale.config.tree import build
+from forescale.ground.document import tell
 from forescale.ground.errors import UserError
 from forescale.run.directory import Run
 from forescale.run.identity import expect_data
 from forescale.slurm import queue
-from forescale.slurm.config import SlurmConfig, SubmitConfig
+from forescale.slurm.config import SUBMITTED, SlurmConfig, SubmitConfig
 from forescale.slurm.limits import limit_problems
 from forescale.slurm.login import remembered
 from forescale.slurm.login.snapshot import described, own_packages
@@ -55,6 +56,7 @@ class EvaluationsJob(ScoreJob):
 
     VERB: ClassVar[str] = "submit eval"
     FLAGS: ClassVar = {"--dry-run": "submit.dry_run"}
+    PRINTS: ClassVar = SUBMITTED
 
     target: str | None = None  # a run (its name or its directory)
     # the checkpoints of these steps, also of those to come; empty: all that exist now
@@ -107,6 +109,7 @@ def submit(arguments: Sequence[str]) -> None:
 
     scripts = [array(*group, run.path / "evaluations" / "NNNN").script() for group in groups]
     if job.submit.dry_run:
+        tell({"scripts": scripts})
         print("".join(scripts), end="")
         return
     for script in scripts:
@@ -187,6 +190,8 @@ def _settings(job: EvaluationsJob, words: Iterable[str], run: Run) -> SlurmConfi
 
 def _report(run: Run, arrays: Sequence[CommandArray], ids: Sequence[str]) -> None:
     settings = arrays[0].settings
+    folders = [array.submission.path for array in arrays]
+    tell({"jobs": [{"id": i, "folder": f} for f, i in zip(folders, ids, strict=True)]})
     for array, id in zip(arrays, ids, strict=True):
         commands = array.commands
         steps = "step" if len(commands) == 1 else "steps"

@@ -23,6 +23,7 @@ from forescale.config.schema import ConfigError
 from forescale.config.sizes import Sizes
 from forescale.config.target import refuse_targets, remember, targets
 from forescale.ground.console import open_console
+from forescale.ground.document import tell
 from forescale.ground.errors import UserError
 from forescale.ground.foreign import read_text
 from forescale.ground.storage import write_file
@@ -74,6 +75,7 @@ def submit(overrides: Sequence[str], trust: bool = True, rehearse: Rehearse | No
         if _is_complete(each):
             steps = f"{each.training.total_steps:,} steps are trained"
             print(f"{each.run.name} is complete: {steps}. It is not submitted.")
+    tell({"complete": [each.run.name for each in jobs if _is_complete(each)], "jobs": []})
     jobs = [each for each in jobs if not _is_complete(each)]
     if not jobs:
         return
@@ -91,7 +93,9 @@ def submit(overrides: Sequence[str], trust: bool = True, rehearse: Rehearse | No
     if dry:
         if plans[0].sizes:
             print_blocks(open_console(stderr=True), [sizes_block(plans[0])])
-        print(order(plans, runs, folders, profile).script(), end="")
+        script = order(plans, runs, folders, profile).script()
+        tell({"scripts": [script]})
+        print(script, end="")
         return
     queue.must_be_here()
     largest = queue.largest_array()
@@ -142,6 +146,7 @@ def _tell(arrays: Sequence[Order], ids: Sequence[str], time_limit: Duration | No
     as_what = f"{len(names)} runs as array {' and '.join(ids)}" if names[1:] else f"as job {ids[0]}"
     lead = f"; it saves {arrays[0].lead} s before its time limit of {time_limit}"
     scripts = ", ".join(str(array.submissions[0].script) for array in arrays)
+    tell({"jobs": [{"id": i, "runs": a.runs} for a, i in zip(arrays, ids, strict=True)]})
     print(f"\nSubmitted {as_what}{lead if time_limit else ''}. Script: {scripts}")
     print(f"Follow it: forescale status, forescale logs {names[0]}. ", end="")
     print(f"Stop it: forescale stop {names[0]}")

@@ -24,6 +24,7 @@ TOPS = ("trainer", "models", "conf", "slurm", "tests")
 READMES = [
     ROOT / "README.md",
     ROOT / "models/RESULTS.md",
+    ROOT / "trainer/AGENTS.md",
     *sorted(p for top in TOPS for p in (ROOT / top).rglob("README.md")),
 ]
 MOST = 12_288  # bytes of the first page

@@ -1,7 +1,8 @@
 """The command line: `forescale VERB [TARGET] [KEY=VALUE ...] [--FLAG]` runs a verb.
 
 Invariant: a problem of the user's ends with one sentence and code 2, without a traceback. A bug of
-this project keeps its traceback and ends with code 1.
+this project keeps its traceback and ends with code 1. With --json, which every verb takes, both are
+the object `error` of the document, too (ground/document.py).
 """
 
 if __name__ == "__main__":  # `python -m forescale.cli` is `python -m forescale`, which ends here
@@ -18,7 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from forescale.ground.console import visible_output
-from forescale.ground.errors import DONE, INTERRUPTED, USER, UserError, storage_error
+from forescale.ground.document import for_programs, is_json, taken_from, tell
+from forescale.ground.errors import CRASHED, DONE, INTERRUPTED, UserError, storage_error
 from forescale.verbs import VERBS, help_page, load
 
 _NO_HOME = "Could not determine home directory."  # all that pathlib says of ~nobody
@@ -35,67 +37,81 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Also in a pipe or a log file, lines of stdout and stderr keep the order of printing. What
         # the locale can't show is an escape, and no error.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    with visible_output():
+    words, asks = taken_from(words)
+    with visible_output(), for_programs(asks):
         return _run(words)
 
 
 def _run(words: list[str]) -> int:
+    verb = next(iter(words), "")
     try:
         return _dispatch(words)
-    except UserError as e:
-        print(f"forescale: {e}", file=sys.stderr)
-        return e.code
+    except BrokenPipeError:  # the reader of a pipe has closed it: no error, but a training stops
+        if not is_json():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED if verb == "train" else DONE
     except KeyboardInterrupt:
         print("forescale: interrupted; run the same command again to resume.", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe has closed it: no error, but a training stops
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return INTERRUPTED if words[:1] == ["train"] else DONE
-    except ModuleNotFoundError as e:
+        error = UserError(verb, "interrupted", "run the same command again to resume")
+        return _failed(verb, error, INTERRUPTED)
+    except Exception as e:
+        if (known := _sentence(verb, e)) is None:
+            bug = f"{type(e).__name__}: {e}"
+            _failed(verb, UserError(verb, bug, "see its traceback on standard error"), CRASHED)
+            raise
+        print(f"forescale: {known}", file=sys.stderr)
+        return _failed(verb, known, known.code)
+
+
+def _failed(verb: str, error: UserError, code: int) -> int:
+    """Tell programs of an error; return the exit code."""
+    tell({"error": {"verb": verb, **error.facts(), "exit_code": code}})
+    return code
+
+
+def _sentence(verb: str, e: Exception) -> UserError | None:
+    """Return what the user can do about an exception; None: it is a bug of this project."""
+    if isinstance(e, UserError):
+        return e
+    if isinstance(e, ModuleNotFoundError):
         name = (e.name or "").partition(".")[0]
-        if name not in _EXTRAS:
-            raise
-        verb = f"forescale: forescale {words[0]}: needs {name}, which isn't installed"
-        print(f"{verb}; pip install 'forescale[{_EXTRAS[name]}]'.", file=sys.stderr)
-        return USER
-    except RuntimeError as e:
-        if str(e) != _NO_HOME:
-            raise
+        todo = f"pip install 'forescale[{_EXTRAS.get(name)}]'"
+        needs = f"needs {name}, which isn't installed"
+        return UserError(f"forescale {verb}", needs, todo) if name in _EXTRAS else None
+    if isinstance(e, RuntimeError):
         problem = "a path begins with ~ and a name that is no user's"
-        print(f"forescale: {words[0]}: {problem}; write the full path.", file=sys.stderr)
-        return USER
-    except MemoryError as e:
-        if words[0] == "train" and "RANK" in os.environ:  # others may have taken it: tried again
-            raise
+        return UserError(verb, problem, "write the full path") if str(e) == _NO_HOME else None
+    if isinstance(e, MemoryError):
+        if verb == "train" and "RANK" in os.environ:  # others may have taken it: tried again
+            return None
         problem = f"not enough memory ({' '.join(str(e).split()) or 'of this process'})"
-        print(f"forescale: {words[0]}: {problem}; make what you gave smaller.", file=sys.stderr)
-        return USER
-    except OSError as e:
-        if (fault := storage_error(e)) is None:
-            raise
-        print(f"forescale: {fault}", file=sys.stderr)
-        return fault.code
+        return UserError(verb, problem, "make what you gave smaller")
+    return storage_error(e) if isinstance(e, OSError) else None
 
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        return DONE
+        return _page(usage() + "\n")
     if arguments[0] == "--version":
         try:
-            print(version("forescale"))
+            return _page(version("forescale") + "\n")
         except PackageNotFoundError:  # run from a checkout that isn't installed
-            print("unknown")
-        return DONE
+            return _page("unknown\n")
     name, rest = arguments[0], arguments[1:]
     if helps := [i for i, argument in enumerate(rest) if argument in ("-h", "--help")]:
         words, sections = rest[: helps[0]], rest[helps[0] + 1 :]
         if len(sections) > 1:
             problem, todo = "--help shows one section", f"write --help {sections[0]}"
             raise UserError(" ".join(sections), problem, todo)
-        print(help_page(name, words, section="".join(sections)), end="")
-        return DONE
+        return _page(help_page(name, words, section="".join(sections)))
     return load(name).main(rest)
+
+
+def _page(text: str) -> int:
+    """Print a text; return exit code 0."""
+    print(text, end="")
+    tell({"text": text})
+    return DONE
 
 
 def _warning(message, category, filename, lineno, line=None) -> str:
@@ -117,6 +133,7 @@ def usage() -> str:
             *lines,
             "",
             "forescale VERB --help shows a verb's keys, choices and examples,",
-            "forescale help the pages of the manual.",
+            "forescale help the pages of the manual. For programs: every verb takes --json, and",
+            "forescale schema shows the keys and what is printed.",
         ]
     )

@@ -9,6 +9,7 @@ import pytest
 
 from forescale import cli
 from forescale.run.directory import Run
+from tests.schemas import expect_document
 from tests.trainer.small_run import make_dataset, make_run
 
 
@@ -42,6 +43,8 @@ class CommandLine:
         self._capsys.readouterr()
         code = cli.main(list(map(str, words)))
         out, err = self._capsys.readouterr()
+        if "--json" in words:
+            expect_document(words, out)
         return code, out, err
 
     def prints(self, *words: str, **how) -> str:

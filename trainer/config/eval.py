@@ -5,7 +5,7 @@ hand does.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NotRequired
 
 from forescale.config.abilities import QUESTIONS, SHOTS, TASKS
 from forescale.config.job import Problems, RunJob
@@ -85,7 +85,12 @@ class EvalJob(ScoreJob):
     """The same of one checkpoint."""
 
     VERB: ClassVar[str] = "eval"
-    FLAGS: ClassVar = {"--json": "json", "--details": "details"}
+    FLAGS: ClassVar = {"--details": "details"}
+    PRINTS: ClassVar = {
+        "run": str, "step": int, "tokens": int, "loss": NotRequired[float],
+        "bits_per_byte": NotRequired[float], "task": NotRequired[str], "of": NotRequired[str],
+    }  # fmt: skip
+    LINES: ClassVar[str] = "one a score (its other fields: forescale help inference)"
 
     step: int | None = key(None, ge=0)  # the checkpoint of this step; null: the newest
     # tasks: a new file (.jsonl) for each question, what the model answers, and its score
@@ -93,7 +98,6 @@ class EvalJob(ScoreJob):
     # also bits per byte by file type and by input, the in-context-learning score, and copying of
     # random tokens (of models that continue text); --details does it too
     details: bool = False
-    json: bool = False  # print an object a score, for programs, a line each; --json does it too
 
     def problems(self) -> Problems:
         result = super().problems()

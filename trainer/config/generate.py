@@ -12,7 +12,9 @@ class GenerateJob(ModelJob):
     """A checkpoint, prompts, and how to sample."""
 
     VERB: ClassVar[str] = "generate"
-    FLAGS: ClassVar = {"--json": "json", "--interactive": "interactive", "--chat": "chat"}
+    FLAGS: ClassVar = {"--interactive": "interactive", "--chat": "chat"}
+    PRINTS: ClassVar = {"prompt": str, "text": str, "tokens": int, "reason": str, "seed": int}
+    LINES: ClassVar[str] = "one a text"
 
     # text to continue; empty: the beginning of a document; seq2seq: text with <extra_id_0>,
     # <extra_id_1>, ... in the place of missing spans; pairs: a source; -: standard input
@@ -44,7 +46,6 @@ class GenerateJob(ModelJob):
     repetition_penalty: float = key(1.0, gt=0)
     seed: int = key(1337, ge=0)  # seed of the first text; text number i has seed + i
     batch: int = key(16, ge=1)  # texts that are decoded together
-    json: bool = False  # print one JSON object per text, a line each; --json does the same
 
     def problems(self) -> Problems:
         problems = super().problems()

@@ -21,6 +21,7 @@ from forescale.config.compose import Group, defaults, groups
 from forescale.config.job import Job
 from forescale.config.schema import Kind, Leaf, flatten, kinds_of, leaves, name_of, options, plain
 from forescale.config.suggest import meant, nearest_first
+from forescale.ground.document import FLAG
 from forescale.ground.errors import UserError
 
 ALL = "all"  # the word after --help that shows everything
@@ -60,8 +61,7 @@ def explain(
     section: "" gives the page of at most SCREENS lines, "all" everything, else the keys of this
     section and the choices of this group. Raises UserError if there is no such section.
     """
-    verb, choices, job = schema.VERB, groups(schema, conf_dirs), defaults(schema)
-    keys = _Keys("", leaves(schema, job=job), dict(flatten(plain(job), "")))
+    verb, choices, (keys, *others) = schema.VERB, groups(schema, conf_dirs), tables_of(schema)
     if schema.ACTIONS:
         action = section if section in schema.ACTIONS else action
         section = "" if section == action else section
@@ -70,14 +70,15 @@ def explain(
             note = f"forescale {verb} ACTION --help shows the keys and examples of an action."
             usage = f"forescale {verb} ACTION [KEY=VALUE ...]\n\n{purpose}"
             return "\n\n".join([usage, "Actions\n" + "\n".join(rows), note]) + "\n"
-        verb, (purpose, _, examples) = f"{verb} {action}", schema.ACTIONS[action]
+        verb, (purpose, _, examples, *_) = f"{verb} {action}", schema.ACTIONS[action]
         keys = keys.only(schema.ACTIONS[action].reads)
-    tables = [keys, *(t for t in _other_kinds(schema, job) if not schema.ACTIONS)]
+    tables = [keys, *(others if not schema.ACTIONS else [])]
     if section not in ("", ALL):
         return _section(f"forescale {verb}", section, choices, tables)
     target = _TARGET.get(schema.TARGET, schema.TARGET.upper())
     target = f" [{target}]" if schema.TARGET in keys.leaves else ""
     flags = "".join(f" [{flag}]" for flag, name in schema.FLAGS.items() if name in keys.leaves)
+    flags += f" [{FLAG}]"
     usage = f"forescale {verb}{target} [KEY=VALUE ...]{flags}\n\n{purpose}"
     lines = "\n".join(f"  forescale {example}" for example in examples)
     head = [usage, "Examples\n" + lines]
@@ -85,6 +86,13 @@ def explain(
     if section == ALL or page.count("\n") <= SCREENS:
         return page
     return "\n\n".join([*head, *_short(f"forescale {verb}", choices, keys)]) + "\n"
+
+
+def tables_of(schema: type[Job]) -> list[_Keys]:
+    """Return the keys of a verb with their defaults; after them those of other kinds of blocks."""
+    job = defaults(schema)
+    keys = _Keys("", leaves(schema, job=job), dict(flatten(plain(job), "")))
+    return [keys, *_other_kinds(schema, job)]
 
 
 def _paragraphs(
@@ -181,8 +189,7 @@ def first_sentence(path: Path) -> str:
 
 def _key(leaf: Leaf, values: Mapping[str, Any], short: bool = False) -> str:
     """Return the row of a key. short: without its mark, and the help up to its first semicolon."""
-    cls, name = leaf.source
-    text = leaf.help or _comments(cls).get(name, "")
+    text = help_of(leaf)
     for type_ in options(leaf.type):
         if get_origin(type_) is Literal:
             text += f" ({' | '.join(map(str, get_args(type_)))})"
@@ -194,6 +201,12 @@ def _key(leaf: Leaf, values: Mapping[str, Any], short: bool = False) -> str:
         default = f"{default:_}"
     mark = " " if short else _MARK[leaf.kind]
     return _row(f"{mark} {leaf.path:<30} {default!s:<12} ", text.strip())
+
+
+def help_of(leaf: Leaf) -> str:
+    """Return the help text of a key, without its choices."""
+    cls, name = leaf.source
+    return leaf.help or _comments(cls).get(name, "")
 
 
 @cache

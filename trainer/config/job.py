@@ -21,12 +21,14 @@ ProblemIterator = Iterator[tuple[str, str, str]]
 class Action(NamedTuple):
     """An action of a verb, such as `plan` of `forescale study plan`.
 
-    keys: the keys that it reads; `section.*` stands for all keys of a section.
+    keys: the keys that it reads; `section.*` stands for all keys of a section. prints: Job.PRINTS
     """
 
     purpose: str
     keys: tuple[str, ...]
     examples: tuple[str, ...]
+    prints: Mapping[str, Any]
+    lines: str = ""
 
     def reads(self, path: str) -> bool:
         return path in self.keys or f"{path.partition('.')[0]}.*" in self.keys
@@ -38,9 +40,11 @@ class Job:
     VERB: the verb's name, such as plan or submit eval. If it has groups of choices, conf/VERB.yaml
         is its primary config, with - for a space.
     TARGET: the key that an argument without `=` sets; "" if the verb takes no such argument.
-    FLAGS: each flag, such as --json, with the key that it sets to true.
+    FLAGS: each flag, such as --live, with the key that it sets to true. (--json is of all verbs.)
     TYPED: the keys that a command types by another name, by that name (it is a section's too).
     ACTIONS: the actions by name, if the verb has several; each reads some of the keys.
+    PRINTS: the types of fields that its document has with --json, NotRequired of some documents.
+    LINES: which such objects are printed a line each, instead of one document; "": none.
     """
 
     VERB: ClassVar[str] = ""
@@ -48,6 +52,8 @@ class Job:
     FLAGS: ClassVar[Mapping[str, str]] = {}
     TYPED: ClassVar[Mapping[str, str]] = {}
     ACTIONS: ClassVar[Mapping[str, Action]] = {}
+    PRINTS: ClassVar[Mapping[str, Any]] = {}
+    LINES: ClassVar[str] = ""
 
     def for_machine(self, find: Find | None = None) -> Self:
         """Return the job with the values that follow from the machine it is for, or from the frozen

@@ -56,6 +56,10 @@ class ConfigError(UserError):
     def __str__(self) -> str:
         return "\n".join(map(str, self.problems))
 
+    def facts(self) -> dict[str, Any]:
+        """Return the parts of the first problem, and those of all."""
+        return super().facts() | {"problems": [UserError(*p).facts() for p in self.problems]}
+
 
 def key(
     default: Any,

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from math import gcd
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NotRequired, Self
 
 from forescale.config.duration import Duration
 from forescale.config.hardware import has_gpu, native_precision
@@ -58,6 +58,8 @@ class TrainJob(Lengths, Job):
 
     VERB: ClassVar[str] = "train"
     TARGET: ClassVar[str] = "run.name"
+    PRINTS: ClassVar = {"kind": str, "step": NotRequired[int], "exit_code": NotRequired[int]}
+    LINES: ClassVar[str] = "started, each row of metrics.jsonl, ended"
     RESUMES: ClassVar[bool] = True  # without a name, the verb continues the run in run.directory
 
     run: RunConfig = section(RunConfig, kind="free")  # name and place of the run

@@ -21,7 +21,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote
 
 DONE = 0
@@ -29,6 +29,13 @@ CRASHED = 1  # any other error: the launcher tries again a few times
 USER = 2  # the config or the input is wrong: never tried again
 INTERRUPTED = 75  # saved: the same command resumes
 GAVE_UP = 76  # too many crashes in a row without a new checkpoint
+EXIT_CODES = {
+    DONE: "done",
+    CRASHED: "a fault of forescale, a fault that may go away by itself, or a drill not survived",
+    USER: "the command, the config or the input is wrong, or `check` found faults: change it first",
+    INTERRUPTED: "interrupted: the same command resumes",
+    GAVE_UP: "too many crashes in a row without a new checkpoint: read `forescale logs RUN`",
+}
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds between the tries of `retried`
 T = TypeVar("T")
@@ -52,10 +59,16 @@ class UserError(Exception):
     def __str__(self) -> str:
         """The sentence: one line, however long the parts are, and without secrets of addresses."""
         end = "" if self.todo.endswith("?") else "."
-        where, problem, todo = (
-            shortened(part, _LONGEST) for part in (self.where, self.problem, self.todo)
-        )
+        where, problem, todo = self._parts
         return masked(f"{where}: {problem}; {todo}{end}").replace("\r", "\\r").replace("\n", "\\n")
+
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        return tuple(shortened(part, _LONGEST) for part in (self.where, self.problem, self.todo))
+
+    def facts(self) -> dict[str, Any]:
+        """Return the parts of the sentence, for programs."""
+        return dict(zip(("subject", "problem", "todo"), map(masked, self._parts), strict=True))
 
 
 class Transient(UserError):

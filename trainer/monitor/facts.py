@@ -4,7 +4,6 @@ Invariant: every run has every key that README.md beside this file names, None w
 value; seconds, bytes and fractions are not rounded. A key is never renamed, and its meaning stays.
 """
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from forescale.ground.errors import UserError
@@ -42,7 +41,7 @@ def facts(
             values |= {"state": "crashed", "job": ended}
     except UserError as e:
         values |= {"state": "unreadable", "error": str(e)}
-    return {key: _finite(values.get(key)) for key in KEYS}
+    return {key: values.get(key) for key in KEYS}
 
 
 def _facts(s: Status, job: "Job | None") -> dict[str, Any]:
@@ -61,7 +60,7 @@ def _facts(s: Status, job: "Job | None") -> dict[str, Any]:
     ]
     if scored:  # with the abilities, if they are measured
         names = [*_VALIDATION, *filter(column_of, scored)]
-        scored = {name: _finite(scored.get(name)) for name in names}
+        scored = {name: scored.get(name) for name in names}
     return {
         "state": s.state,
         "error": s.reason,
@@ -92,7 +91,3 @@ def _facts(s: Status, job: "Job | None") -> dict[str, Any]:
             "left": (s.forecast_left or {}).get("since"),
         },
     }
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

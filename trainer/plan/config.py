@@ -81,7 +81,6 @@ class PlanConfig:
     # number of the best divisions among the GPUs that are searched and shown; 0: none
     divisions: int = key(5, ge=0)
     deepspeed: bool = False  # show the DeepSpeed JSON that is derived from the config
-    json: bool = False  # print the plan as JSON, for programs; --json does the same
     to: str | None = None  # an HTML file to which the plan is written too
 
     def problems(self) -> Problems:
@@ -95,7 +94,8 @@ class PlanConfig:
 @dataclass
 class PlanJob(TrainJob):
     VERB: ClassVar[str] = "plan"
-    FLAGS: ClassVar = {"--json": "plan.json"}
+    PRINTS: ClassVar = {"problems": list[dict[str, str]], "notes": list[str], "config": dict}
+    LINES: ClassVar[str] = ""
     RESUMES: ClassVar[bool] = False  # a plan is for another machine; it knows a run by its name
 
     machine: MachineConfig = section(MachineConfig, kind="free")  # what it runs on

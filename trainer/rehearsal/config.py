@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NotRequired
 
 from forescale.config.job import Problems
 from forescale.config.schema import key, section
@@ -35,6 +35,7 @@ class RehearseConfig:
 @dataclass
 class RehearseJob(PlanJob):
     VERB: ClassVar[str] = "rehearse"
+    PRINTS: ClassVar = {"problems": list[dict[str, str]], "ranks": NotRequired[list[dict]]}
 
     rehearse: RehearseConfig = section(RehearseConfig, kind="free")  # what is rehearsed
 

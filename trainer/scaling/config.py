@@ -163,7 +163,7 @@ class StudyJob(Job):
     VERB: ClassVar[str] = "study"
     TARGET: ClassVar[str] = "input"
     FLAGS: ClassVar[Mapping[str, str]] = {
-        "--json": "json", "--live": "live", "--sensitivity": "sensitivity",
+        "--live": "live", "--sensitivity": "sensitivity",
     }  # fmt: skip
 
     study: str = key("first", common=True)  # name of the study; its directory is studies/NAME
@@ -231,7 +231,6 @@ class StudyJob(Job):
     seed: int = key(0, ge=0)
     # the HTML file to write; null: studies/STUDY/report.html (compare writes none)
     to: str | None = key(None, common=True)
-    json: bool = key(False, common=True)  # print the result as JSON; --json does the same
     plan: PlanKeys = section(PlanKeys)  # which runs a study trains
     launch: LaunchKeys = section(LaunchKeys)  # how the runs of a study are launched
     # FLOPs that the additional runs may spend together

@@ -1,6 +1,5 @@
 """The config keys of `forescale try`."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -24,7 +23,7 @@ class TryJob(Job):
 
     VERB: ClassVar[str] = "try"
     TARGET: ClassVar[str] = "name"
-    FLAGS: ClassVar[Mapping[str, str]] = {"--json": "json"}
+    PRINTS: ClassVar = {"campaign": str, "trials": list[dict], "log": str, "page": str}
 
     # name of the trial; null: show the campaign
     name: str | None = key(None, common=True)
@@ -49,7 +48,6 @@ class TryJob(Job):
     budget: BudgetKeys = section(BudgetKeys)  # what the campaign may spend
     # the HTML file to write; null: campaigns/CAMPAIGN/report.html
     to: str | None = None
-    json: bool = False  # print the result as JSON; --json does the same
 
     @property
     def folder(self) -> Path:

@@ -3,7 +3,7 @@
 A verb NAME is a line of VERBS and the file verbs/NAME.py, which defines
 
     JOB       a dataclass derived from config.job.Job: VERB is the verb's name, the fields are its
-              keys, with their defaults, help and rules
+              keys, with their defaults, help and rules; PRINTS: what it tells programs
     EXAMPLES  command lines without the word forescale, for --help
     FIRST     optional: words that the first argument may be, such as `train` in `submit train`
     JOBS      optional: by such a word, the job with its keys, where that isn't JOB
@@ -50,6 +50,7 @@ VERBS = {
     "doctor": "Show what this machine offers for training, and how to fix what is missing.",
     "drill": "Inject faults into a tiny run, and show what it survives and at what cost.",
     "help": "Show a page of the manual, offline, or the list of its pages.",
+    "schema": "Print JSON Schema of all verbs: their keys, and what they print with --json.",
     "completion": "Print the shell completion script for bash, zsh or fish.",
 }
 

@@ -1,7 +1,5 @@
 """`forescale average`: make a run of the mean of the weights of a run's checkpoints."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -11,6 +9,7 @@ from forescale.config.job import Problems, RootConfig, RunJob
 from forescale.config.schema import key, section
 from forescale.config.sections.training import RunConfig
 from forescale.ground.console import progress_display
+from forescale.ground.document import tell
 from forescale.ground.errors import DONE
 from forescale.run.directory import Run
 
@@ -30,12 +29,11 @@ class AverageJob(RunJob):
     """A run, and which of its checkpoints to average."""
 
     VERB: ClassVar[str] = "average"
-    FLAGS: ClassVar[Mapping[str, str]] = {"--json": "json"}
+    PRINTS: ClassVar = {"name": str, "path": str, "checkpoint": str, "steps": list[int]}
 
     # number of newest checkpoints to average; null: five, or all if there are fewer
     last: int | None = key(None, ge=1)
     steps: list[int] = key([])  # average the checkpoints of these steps instead
-    json: bool = False  # print JSON, for programs; --json does the same
     # the new run, and the directory of all runs
     run: AveragedRunConfig = section(AveragedRunConfig)
 
@@ -66,18 +64,11 @@ def main(arguments: list[str]) -> int:
     with progress_display() as progress:
         averaged = average(origin, steps, run, progress)
     run, steps = averaged.run, averaged.steps
-    if job.json:
-        facts = {
-            "name": run.name,
-            "path": str(run.path),
-            "checkpoint": str(run.checkpoint_path(0)),
-            "steps": steps,
-            "kept": averaged.copied,
-            "parameters": averaged.parameters,
-            "bytes": averaged.bytes,
-        }
-        print(json.dumps(facts, indent=2))
-        return DONE
+    tell({
+        "name": run.name, "path": run.path, "checkpoint": run.checkpoint_path(0),
+        "steps": steps, "kept": averaged.copied, "parameters": averaged.parameters,
+        "bytes": averaged.bytes,
+    })  # fmt: skip
     of = f"the mean of the weights of {origin.path} at steps {', '.join(map(str, steps))}"
     if len(steps) == 1:
         of = f"the weights of {origin.path} at step {steps[0]}"

@@ -15,6 +15,7 @@ from forescale.checkpoint.reader import STATE
 from forescale.config.compose import parse
 from forescale.config.job import RunJob
 from forescale.ground.console import progress_display
+from forescale.ground.document import tell
 from forescale.ground.errors import DONE, USER, UserError
 from forescale.ground.storage import TABLE, read_table
 from forescale.monitor.audit import Findings, check_checkpoint, check_run, size_of
@@ -26,6 +27,7 @@ _MANIFEST = "manifest.json"
 @dataclass
 class CheckJob(RunJob):
     VERB: ClassVar[str] = "check"
+    PRINTS: ClassVar = {"kind": str, "path": str, "faults": list[str], "notes": list[str]}
 
     target: str | None = None  # a dataset, a checkpoint or a run
     trust: bool = False  # allow running the objective (_target_) that a run's config names
@@ -63,6 +65,7 @@ def main(words: list[str]) -> int:
         print(f"Note: {line}.")
     for line in findings.faults:
         print(f"Fault: {line.rstrip('.')}.", file=sys.stderr)
+    tell({"kind": kind, "path": path, **vars(findings), "bytes": done, "tokens": tokens})
     seconds = time.monotonic() - began
     verdict = f"{len(findings.faults)} fault{'s' * (len(findings.faults) != 1)}"
     print(

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal, get_args, get_origin
 from forescale.config.compose import groups, parse
 from forescale.config.job import Job
 from forescale.config.schema import leaves, options
+from forescale.ground.document import FLAG, tell
 from forescale.ground.errors import DONE, UserError
 from forescale.verbs import VERBS, load, schema_of
 
@@ -64,6 +65,7 @@ class CompletionJob(Job):
 
     VERB: ClassVar[str] = "completion"
     TARGET: ClassVar[str] = "shell"
+    PRINTS: ClassVar = {"shell": str, "script": str}
 
     # write eval "$(forescale completion bash)" into ~/.bashrc, or the same with zsh into ~/.zshrc;
     # for fish: forescale completion fish | source
@@ -89,6 +91,7 @@ def main(arguments: list[str]) -> int:
     if job.shell is None:
         raise UserError("shell", "is missing", "write forescale completion bash, zsh or fish")
     print(_SCRIPTS[job.shell], end="")
+    tell({"shell": job.shell, "script": _SCRIPTS[job.shell]})
     return DONE
 
 
@@ -115,7 +118,7 @@ def candidates(before: Sequence[str], last: str) -> list[str]:
             words.append(head + part + (dot or "="))
     words += [*schema.ACTIONS, *getattr(verb, "FIRST", ())] if len(before) == 1 else []
     words += [v for v in _values(schema, schema.TARGET, before[1:]) if v != "null"]
-    words += [*schema.FLAGS, "--help"] if last.startswith("-") else []
+    words += [*schema.FLAGS, FLAG, "--help"] if last.startswith("-") else []
     return sorted({word for word in words if word.startswith(last)})
 
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NotRequired
 
 from rich.table import Table
 
@@ -23,6 +23,7 @@ from forescale.drill.runner import Drill
 from forescale.drill.scenarios import BY_NAME, SCENARIOS, STEPS
 from forescale.drill.scenarios import problems as problems_of_scenarios
 from forescale.ground.console import open_console
+from forescale.ground.document import tell
 from forescale.ground.errors import CRASHED, DONE
 from forescale.ground.storage import make_folder, write_json
 
@@ -32,6 +33,7 @@ class DrillJob(Job):
     """The scenarios to run, and where."""
 
     VERB: ClassVar[str] = "drill"
+    PRINTS: ClassVar = {"ettr": float, "scenarios": list[dict], "path": NotRequired[str]}
 
     scenarios: list[str] = key([], f"the scenarios to run, of {', '.join(BY_NAME)}; empty: all")
     processes: Literal[2, 4] = 2  # ranks of the tiny run; each fault is injected into one of them
@@ -39,7 +41,7 @@ class DrillJob(Job):
     limit: Duration = key(Duration(180, "seconds"))
     to: str | None = None  # an empty directory for the runs; null: a temporary one
     keep: bool = False  # keep the temporary directory; it is always kept if a scenario fails
-    json: str | None = None  # file for the results, as JSON
+    json: str | None = None  # file for the results, as JSON; --json prints them
 
     def problems(self) -> Problems:
         problems = problems_of_scenarios(self.scenarios)
@@ -72,10 +74,11 @@ def main(arguments: list[str]) -> int:
             judgements.append(drill.run(scenario))
             print(judgements[-1], flush=True)
         _show(judgements, undisturbed)
+        whole_run = {"seconds": undisturbed.seconds, "compute": undisturbed.compute}
+        rows = [{**vars(v), "survived": v.survived} for v in judgements]
+        results = {"undisturbed": whole_run, "ettr": _ettr(judgements), "scenarios": rows}
+        tell(results)
         if job.json:
-            whole_run = {"seconds": undisturbed.seconds, "compute": undisturbed.compute}
-            rows = [{**vars(v), "survived": v.survived} for v in judgements]
-            results = {"undisturbed": whole_run, "ettr": _ettr(judgements), "scenarios": rows}
             write_json(Path(job.json).expanduser(), results)  # times in seconds
     finally:
         whole = len(judgements) == len(chosen) and all(v.survived for v in judgements)
@@ -83,6 +86,7 @@ def main(arguments: list[str]) -> int:
             shutil.rmtree(directory, ignore_errors=True)
         else:
             print(f"Runs and logs are in {directory}.")
+            tell({"path": directory})
     return DONE if whole else CRASHED
 
 

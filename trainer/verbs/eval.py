@@ -11,10 +11,10 @@ from forescale.config.train import TrainJob
 from forescale.data.dataset import Dataset
 from forescale.data.prepare.sample import bits_per_byte
 from forescale.ground.console import plus_minus, progress_display
+from forescale.ground.document import is_json, tell_line
 from forescale.ground.errors import DONE, UserError
 from forescale.inference.view import best_device, open_view
 from forescale.run.feed import objective_of
-from forescale.run.rows import to_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,7 +60,7 @@ class _Scores:
         """Print a score as one line of JSON; trainer/inference/README.md has the keys."""
         position = self.checkpoint.position
         where = {"run": self.view.name, "step": position.step, "tokens": position.tokens}
-        print(to_json(where | facts))
+        tell_line(where | facts)
 
     def model(self) -> "nn.Module":
         """Return the model, for sequences of this length."""
@@ -91,7 +91,7 @@ class _Scores:
         for dataset in datasets.values():
             with progress_display() as progress:
                 score, left_out = score_of(view, scored, model, dataset, job, progress)
-            if job.json:
+            if is_json():
                 facts = {"dataset": dataset.where, "split": job.split, **score.row()}
                 if objective.rows == 1:
                     facts["perplexity"] = cast("Score", score).perplexity
@@ -107,7 +107,7 @@ class _Scores:
         if job.details:
             of_data = view.identity["dataset"]
             copied = induction(model, of_data["vocab_size"], of_data["end_of_text"], self.length)
-            if job.json:
+            if is_json():
                 self.print_json({"of": "induction", **asdict(copied)})
             else:
                 print(induction_text(copied))
@@ -157,7 +157,7 @@ class _Scores:
 
         job, length = self.job, self.length
         if not scored.continues_text:
-            if not job.json:
+            if not is_json():
                 print("\nNo loss by position: a target here is predicted from both sides.")
             return
         with progress_display() as progress:
@@ -172,7 +172,7 @@ class _Scores:
                 objective=objective_of(scored, dataset.vocab_size, True),
                 progress=progress,
             )
-        if job.json:
+        if is_json():
             for bucket in buckets:
                 self.print_json({"dataset": dataset.where, **asdict(bucket)})
             return
@@ -195,7 +195,7 @@ class _Scores:
 
         with progress_display() as progress:
             details = measure(scored, model, dataset, self.job.split, self.job.windows, progress)
-        if not self.job.json:
+        if not is_json():
             return print(details_text(details))
         for by, parts in details.parts.items():
             for part in parts:
@@ -226,7 +226,7 @@ class _Scores:
                 self.view, model, batch=job.micro_batch, length=self.length, progress=progress
             )
             scores = list(scores_of(language_model, tasks, job.shots, job.questions, job.chat))
-        if job.json:
+        if is_json():
             for score in scores:
                 self.print_json({**as_facts(score), "chat": job.chat})
         else:
@@ -246,7 +246,7 @@ class _Scores:
         with progress_display() as progress:
             results = abilities_of(self.view, model, job, progress)
         measured = [one for row in results.values() for one in row]
-        if job.json:
+        if is_json():
             for one in filter(None, measured):
                 low, high = one.interval
                 self.print_json({**asdict(one), "low": low, "high": high})

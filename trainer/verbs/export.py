@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from forescale.config.compose import parse
 from forescale.config.job import Problems, RunJob
 from forescale.config.schema import key
+from forescale.ground.document import tell
 from forescale.ground.errors import DONE
 from forescale.inference.view import RunView, open_view
 
@@ -19,6 +20,7 @@ class ExportJob(RunJob):
     """A checkpoint and where to write it."""
 
     VERB: ClassVar[str] = "export"
+    PRINTS: ClassVar = {"path": str, "run": str, "step": int, "kind": str, "bytes": int}
 
     target: str | None = None  # a run (its name or its directory) or a checkpoint
     step: int | None = key(None, ge=0)  # the checkpoint of this step; null: the newest
@@ -59,6 +61,7 @@ def main(arguments: list[str]) -> int:
     to = Path(job.to or f"exports/{view.name}-{step}").expanduser()
     export(view, checkpoint, to, job.dtype)
     size = sum(path.stat().st_size for path in to.iterdir())
+    tell({"path": to, "run": view.name, "step": step, "kind": "model", "bytes": size})
     if later := getattr(view.config.model, "mtp_layers", 0):
         print(f"Left out: model.mtp_layers={later}, which predict later tokens in training alone.")
     print(
@@ -80,6 +83,7 @@ def _export_adapters(job: ExportJob, view: RunView, checkpoint: "Checkpoint") ->
     to = Path(job.to or f"exports/{view.name}-{step}-adapter").expanduser()
     export_adapters(view, checkpoint, to, base, job.dtype)
     size = sum(path.stat().st_size for path in to.iterdir())
+    tell({"path": to, "run": view.name, "step": step, "kind": "adapters", "bytes": size})
     dtype = "" if job.dtype == "fp32" else f" dtype={job.dtype}"
     print(
         f"Adapters of run {view.name}, step {step:,}: {to} ({size / 2**20:,.1f} MiB, "

@@ -26,6 +26,7 @@ from forescale.data.conversations.prepare import (
 )
 from forescale.data.dataset import Dataset
 from forescale.ground.console import progress_display
+from forescale.ground.document import tell_line
 from forescale.ground.errors import DONE, UserError
 from forescale.inference.view import RunView, open_view
 from forescale.resilience import launcher
@@ -145,6 +146,7 @@ def main(arguments: list[str]) -> int:
     _introduce(started, dataset, is_new)
     if job.prepare_only:
         where = str(started.run.path)
+        tell_line({"kind": "prepared", "run": started.run.name, "path": where})
         print(f"\nNext:\n  forescale plan {where}\n  forescale train {where}")
         return DONE
     return load("train").main([str(started.run.path)])

@@ -1,6 +1,5 @@
 """`forescale generate`: write text with a trained model, until its document or its answer ends."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +9,7 @@ from forescale.config.compose import parse
 from forescale.config.generate import GenerateJob
 from forescale.data.conversations.template import ChatTemplate, Message, Unfit
 from forescale.ground.console import unchanged_output
+from forescale.ground.document import is_json, tell_line
 from forescale.ground.errors import DONE, UserError
 from forescale.inference.prompts import prompts_in, typed_lines, whole_input
 from forescale.inference.view import RunView, open_view, ready_to_write
@@ -101,7 +101,7 @@ def _print(job: GenerateJob, model: "nn.Module", answers: list["Answer"]) -> Non
     from forescale.inference.generation import complete, stream
 
     out = unchanged_output()
-    if len(answers) == 1 and not job.json:
+    if len(answers) == 1 and not is_json():
         (answer,) = answers
         print(answer.question.echo, end="", flush=True, file=out)
         for _, piece in stream(model, answers):
@@ -111,7 +111,7 @@ def _print(job: GenerateJob, model: "nn.Module", answers: list["Answer"]) -> Non
             print(f"({note})", file=sys.stderr)
         return
     for number, answer in enumerate(complete(model, answers, job.batch), 1):
-        if job.json:
+        if is_json():
             facts = {
                 "prompt": answer.question.prompt,
                 "text": answer.text,
@@ -119,7 +119,7 @@ def _print(job: GenerateJob, model: "nn.Module", answers: list["Answer"]) -> Non
                 "reason": answer.reason,
                 "seed": answer.seed,
             }
-            print(json.dumps(facts, ensure_ascii=False), flush=True, file=out)
+            tell_line(facts)
             continue
         print(f"--- {number} of {len(answers)}, seed {answer.seed}", file=out)
         print(answer.question.echo + answer.text, flush=True, file=out)

@@ -18,7 +18,8 @@ from forescale.config.job import Job
 from forescale.config.schema import key
 from forescale.config.suggest import nearest_first
 from forescale.ground.console import is_terminal, open_console
-from forescale.ground.errors import DONE, UserError
+from forescale.ground.document import tell
+from forescale.ground.errors import DONE, EXIT_CODES, UserError
 from forescale.verbs import VERBS, help_page
 
 _BEFORE = ("data", "checkpoint", "monitor", "plan", "rehearsal")
@@ -27,7 +28,8 @@ _ROOMS = (*_BEFORE, "scaling", "models", "inference", "serving")
 TOPICS = {"start": "", "conf": "forescale.conf", "slurm": "forescale.slurm"}
 TOPICS |= {room: f"forescale.{room}" for room in _ROOMS} | {"code": "forescale"}
 _RESULTS = "results"
-TOPICS |= {_RESULTS: "forescale.models"}
+TOPICS |= {_RESULTS: "forescale.models", "agents": "forescale"}
+_PAGES = {_RESULTS: "RESULTS.md", "agents": "AGENTS.md"}  # of the topics that are no README
 _PAGE = re.compile(r"(?:^|/)(\w+)/README\.md$")  # the folder of a README
 
 
@@ -37,6 +39,7 @@ class HelpJob(Job):
 
     VERB: ClassVar[str] = "help"
     TARGET: ClassVar[str] = "topic"
+    PRINTS: ClassVar = {"text": str}
 
     topic: str | None = key(None, f"a page of the manual ({', '.join(TOPICS)}), or a verb")
 
@@ -50,23 +53,27 @@ def main(arguments: list[str]) -> int:
     topic = parse(HelpJob, arguments).topic
     if topic is None:
         rows = (f"  {name:<11} {title_of(page_of(name))}" for name in TOPICS)
-        print("\n".join(["The manual: forescale help TOPIC, with one of these topics", "", *rows]))
-        print("\nforescale --help lists the verbs, forescale VERB --help the keys of one.")
+        codes = (f"  {code:<3} {meaning}" for code, meaning in EXIT_CODES.items())
+        head = "The manual: forescale help TOPIC, with one of these topics"
+        end = "forescale --help lists the verbs, forescale VERB --help the keys of one."
+        page = "\n".join([head, "", *rows, "", end, "", "Exit codes", "", *codes, ""])
     elif topic in TOPICS:
-        _print(with_topics(page_of(topic)))
+        page = with_topics(page_of(topic))
     elif topic in VERBS:
-        print(help_page(topic, []), end="")
+        page = help_page(topic, [])
     else:
         near = nearest_first(topic, [*TOPICS, *VERBS])[0]
         raise UserError(topic, "no such topic", f"did you mean forescale help {near}?")
+    _print(page, is_markdown=topic in TOPICS)
+    tell({"text": page})
     return DONE
 
 
 def page_of(topic: str) -> str:
     """Return the Markdown of a topic."""
     if TOPICS[topic]:
-        name = "RESULTS.md" if topic == _RESULTS else "README.md"
-        return files(TOPICS[topic]).joinpath(name).read_text(encoding="utf-8")
+        page = files(TOPICS[topic]).joinpath(_PAGES.get(topic, "README.md"))
+        return page.read_text(encoding="utf-8")
     root = Path(__file__).resolve().parents[1]
     if root.name == "trainer":  # a checkout
         return (root.parent / "README.md").read_text(encoding="utf-8")
@@ -91,7 +98,7 @@ def with_topics(page: str) -> str:
             return match[0]
         room = _PAGE.search(link)
         topic = {"trainer": "code"}.get(room[1], room[1]) if room else ""
-        topic = _RESULTS if link.endswith("RESULTS.md") else topic
+        topic = next((t for t, name in _PAGES.items() if link.endswith(name)), topic)
         if topic not in TOPICS:
             return text
         command = f"`forescale help {topic}`"
@@ -100,9 +107,9 @@ def with_topics(page: str) -> str:
     return re.sub(r"!?\[([^\]]*)\]\(([^)]+)\)", text_of, page)
 
 
-def _print(page: str) -> None:
-    """Print a page: laid out in a terminal, else as it is."""
-    if is_terminal(sys.stdout):
+def _print(page: str, is_markdown: bool) -> None:
+    """Print a page: Markdown laid out in a terminal, all else as it is."""
+    if is_markdown and is_terminal(sys.stdout):
         from rich.markdown import Markdown
 
         console = open_console()

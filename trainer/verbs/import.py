@@ -2,8 +2,6 @@
 
 # ruff: noqa: N999 (the file has the name of its verb)
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -13,6 +11,7 @@ from forescale.config.job import Job, Problems
 from forescale.config.schema import section
 from forescale.config.sections.training import RunConfig
 from forescale.ground.console import progress_display
+from forescale.ground.document import tell
 from forescale.ground.errors import DONE, UserError
 from forescale.run.directory import Run
 
@@ -38,7 +37,7 @@ class ImportJob(Job):
 
     VERB: ClassVar[str] = "import"
     TARGET: ClassVar[str] = "run.name"
-    FLAGS: ClassVar[Mapping[str, str]] = {"--json": "json"}
+    PRINTS: ClassVar = {"name": str, "path": str, "checkpoint": str, "architecture": str}
 
     # the Hugging Face directory: config.json, model.safetensors (or several with an index) and
     # tokenizer.json; the first word after hf sets it too
@@ -47,7 +46,6 @@ class ImportJob(Job):
     tokenizer: str | None = None
     # the token that ends a document; null: the one that its files declare, else a common one
     end_of_text: str | None = None
-    json: bool = False  # print JSON, for programs; --json does the same
     run: ImportedRunConfig = section(ImportedRunConfig)  # the new run
 
     def problems(self) -> Problems:
@@ -79,17 +77,11 @@ def main(arguments: list[str]) -> int:
     source = Path(job.path).expanduser()
     with progress_display() as progress:
         imported = import_hf(source, run, job.tokenizer, job.end_of_text, progress)
-    if job.json:
-        facts = {
-            "name": run.name,
-            "path": str(run.path),
-            "checkpoint": str(run.checkpoint_path(0)),
-            "architecture": imported.architecture,
-            "parameters": imported.parameters,
-            "bytes": imported.bytes,
-        }
-        print(json.dumps(facts, indent=2))
-        return DONE
+    tell({
+        "name": run.name, "path": run.path, "checkpoint": run.checkpoint_path(0),
+        "architecture": imported.architecture, "parameters": imported.parameters,
+        "bytes": imported.bytes,
+    })  # fmt: skip
     print(
         f"{imported.architecture} in {source} is the run {run.path} now: {imported.parameters:,} "
         f"parameters, {imported.bytes / 2**20:,.1f} MiB.\n\n"

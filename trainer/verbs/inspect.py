@@ -1,6 +1,5 @@
 """`forescale inspect`: one page of what a model does while it reads a text."""
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from forescale.config.compose import parse
 from forescale.config.job import RunJob
 from forescale.config.schema import key
 from forescale.ground.console import progress_display
+from forescale.ground.document import is_json, tell
 from forescale.ground.errors import DONE, UserError
 from forescale.ground.storage import write_output
 from forescale.inference.view import RunView, best_device, open_view
@@ -23,7 +23,7 @@ class InspectJob(RunJob):
     """A checkpoint, a text, and a fact in it to trace."""
 
     VERB: ClassVar[str] = "inspect"
-    FLAGS: ClassVar = {"--json": "json"}
+    PRINTS: ClassVar = {"pieces": list[str], "loss": float, "losses": list[float | None]}
 
     # a run (its name or its directory), a checkpoint or a Hugging Face directory
     target: str | None = None
@@ -37,7 +37,6 @@ class InspectJob(RunJob):
     answer: str | None = None
     to: str | None = None  # the HTML file to write; null: RUN-STEP-inspect.html
     seed: int = key(1337, ge=0)  # seed of the random tokens and of the noise of a trace
-    json: bool = False  # print all numbers but the maps as JSON, and write no page
 
 
 JOB = InspectJob
@@ -70,9 +69,8 @@ def main(arguments: list[str]) -> int:
     model: Transformer = view.load(checkpoint).to(best_device())  # type: ignore[assignment]
     with progress_display() as progress:
         reading = read(model, ids, subject, answer, job.seed, progress)
-    if job.json:
-        json.dump({"pieces": pieces, **reading.as_dict()}, sys.stdout)
-        print()
+    if is_json():  # all numbers but the maps, and no page
+        tell({"pieces": pieces, **reading.as_dict()})
         return DONE
     from forescale.inspection.html import page
 

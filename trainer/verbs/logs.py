@@ -4,13 +4,15 @@ rank that failed first. Of a dataset's build, the log of its newest job."""
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NotRequired
 
 from forescale.config.compose import parse
 from forescale.config.job import RunJob
 from forescale.config.schema import key
+from forescale.ground.document import is_json, tell_line
 from forescale.ground.errors import DONE, INTERRUPTED, USER, UserError
 from forescale.monitor.build import Build, find_build
 from forescale.resilience.outcome import LaunchRecord, launch_of, log_of
@@ -26,6 +28,8 @@ _LAST_LINES = 25  # of the rank that failed first
 @dataclass
 class LogsJob(RunJob):
     VERB: ClassVar[str] = "logs"
+    PRINTS: ClassVar = {"line": NotRequired[str], "note": NotRequired[str]}
+    LINES: ClassVar[str] = "each line of the log, and notes"
 
     # the rank whose log to print; null: the batch script. Of a dataset's build: the task of the
     # array, or the node (0: all of them)
@@ -56,7 +60,7 @@ def main(words: list[str]) -> int:
         raise UserError(str(run.path), f"has no attempt {job.attempt}", "see forescale status RUN")
     attempt = next((a for a in reversed(attempts) if log_of(a.path, job.rank).exists), None)
     if attempt is None:
-        print(_why_nothing(run, job))
+        _note(_why_nothing(run, job))
         return DONE
     is_gone = _JobIsGone(run)
 
@@ -66,21 +70,21 @@ def main(words: list[str]) -> int:
         return job.follow and not is_over and not is_gone.of(attempt)
 
     log = log_of(attempt.path, job.rank)
-    print(f"== {log}", flush=True)
+    _note(f"== {log}")
     _show(log, job.lines, goes_on)
     record = launch_of(attempt.path)
     if "ended" in record:
-        print(f"== Attempt {attempt.number} ended: {record.get('how', 'not recorded')}.")
+        _note(f"== Attempt {attempt.number} ended: {record.get('how', 'not recorded')}.")
         rank = record.get("rank", 0)
         failed = record.get("code") not in (DONE, INTERRUPTED, USER)
         if failed and rank != job.rank and (log := log_of(attempt.path, rank)).exists:
-            print(f"== {log}, the rank that failed first")
-            sys.stdout.writelines(log.last(_LAST_LINES))
+            _note(f"== {log}, the rank that failed first")
+            _write(log.last(_LAST_LINES))
     if early := _early_end(run):
-        print(_early_end_text(early))
+        _note(_early_end_text(early))
     elif "ended" not in launch_of(attempt.path) and is_gone.of(attempt):  # it may have just ended
         how = f"is no longer in the queue; how attempt {attempt.number} ended was not recorded"
-        print(f"== Job {newest(run)[0].job} {how}. See the batch script's log: rank=null")
+        _note(f"== Job {newest(run)[0].job} {how}. See the batch script's log: rank=null")
     return DONE
 
 
@@ -147,15 +151,32 @@ def _show(log: RankLog, lines: int, goes_on) -> None:
     """Print the last lines, then new ones while `goes_on()`."""
     read = log.reader()
     last = deque(iter(read, ""), maxlen=lines)  # of 0: none of them
-    sys.stdout.writelines(last)
+    rest = _write(last)
     while True:
         text = "".join(iter(read, ""))
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        rest = _write([rest, text])
         if not text and not goes_on():
             break
         time.sleep(_EVERY if not text else 0.0)
-    sys.stdout.writelines(iter(read, ""))
+    if rest := _write([rest, *iter(read, "")]):
+        tell_line({"line": rest})
+
+
+def _note(text: str) -> None:
+    print(text, flush=True)
+    tell_line({"note": text.removeprefix("== ")})
+
+
+def _write(texts: Iterable[str]) -> str:
+    """Write text of a log, for programs a line at a time; return what is no whole line yet."""
+    if not is_json():
+        sys.stdout.writelines(texts)
+        sys.stdout.flush()
+        return ""
+    *lines, rest = "".join(texts).split("\n")
+    for line in lines:
+        tell_line({"line": line})
+    return rest
 
 
 def _show_build(build: Build, job: LogsJob) -> int:
@@ -163,19 +184,19 @@ def _show_build(build: Build, job: LogsJob) -> int:
     if not (last := next(iter(newest(build.jobs)), None)):
         where = ", ".join(b.label for b, state in build.builders if state == "lives")
         todo = f"it prints to the terminal of {where}" if where else "no job was submitted for it"
-        print(f"No log of {build.output}: {todo}. See forescale status {build.output}")
+        _note(f"No log of {build.output}: {todo}. See forescale status {build.output}")
         return DONE
     tasks, rank = len([*last.links.iterdir()]), job.rank or 0
     log = RankLog(last.links / str(rank if tasks > 1 else 0), rank or None if tasks == 1 else None)
     if not log.exists:
         queued = next((queued for _, queued in queue_cache.in_queue([last])), None)
         state = f"{queued.state.lower()} ({queued.reason})" if queued else "no longer in the queue"
-        print(f"No log yet: {log}. Job {last.job} is {state}.")
+        _note(f"No log yet: {log}. Job {last.job} is {state}.")
         return DONE
-    print(f"== {log}", flush=True)
+    _note(f"== {log}")
     is_gone = _JobIsGone(build.jobs)
     _show(log, job.lines, lambda: job.follow and queue.is_here() and not is_gone())
-    print(f"== Dataset {build.output}: {Build(build.output).state}.")
+    _note(f"== Dataset {build.output}: {Build(build.output).state}.")
     return DONE
 
 
@@ -185,10 +206,10 @@ def _show_batch(run: Run, job: LogsJob, is_gone: _JobIsGone) -> int:
     if not all_submissions:
         raise UserError(str(run.path), "was never submitted", "give a rank, such as rank=0")
     if not (path := (newest(run) or all_submissions[-1:])[0].log).exists():
-        print(_why_nothing(run, job))
+        _note(_why_nothing(run, job))
         return DONE
-    print(f"== {path}", flush=True)
+    _note(f"== {path}")
     _show(RankLog(path), job.lines, lambda: job.follow and queue.is_here() and not is_gone())
     if early := _early_end(run):
-        print(f"== {early.sentence}")
+        _note(f"== {early.sentence}")
     return DONE

@@ -7,6 +7,7 @@ from forescale.checkpoint.retention import pin
 from forescale.config.compose import parse
 from forescale.config.job import Problems, RunJob
 from forescale.config.schema import key
+from forescale.ground.document import tell
 from forescale.ground.errors import DONE
 from forescale.run.directory import Run
 
@@ -14,6 +15,7 @@ from forescale.run.directory import Run
 @dataclass
 class PinJob(RunJob):
     VERB: ClassVar[str] = "pin"
+    PRINTS: ClassVar = {"checkpoint": str, "pinned": bool, "changed": bool}
 
     step: int | None = key(None, ge=0)  # step of the checkpoint
     off: bool = False  # unpin: treat it like the others again
@@ -36,6 +38,8 @@ def main(words: list[str]) -> int:
     run = Run.existing(job.target or "", job.run.root)
     assert job.step is not None  # PinJob.problems asks for it
     changed = pin(run, job.step, job.off)
+    checkpoint = run.checkpoint_path(job.step)
+    tell({"checkpoint": checkpoint, "pinned": not job.off, "changed": changed})
     state = "not pinned" if job.off else "pinned"
-    print(f"Checkpoint {run.checkpoint_path(job.step)} is {state}{'' if changed else ' already'}.")
+    print(f"Checkpoint {checkpoint} is {state}{'' if changed else ' already'}.")
     return DONE

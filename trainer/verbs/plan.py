@@ -1,11 +1,9 @@
 """`forescale plan`: print what a training job needs and costs; as text, JSON or an HTML page."""
 
-import json
-import sys
-
 from forescale.checkpoint.choice import newest_step
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError
+from forescale.ground.document import is_json, tell
 from forescale.ground.errors import DONE
 from forescale.ground.storage import write_output
 from forescale.plan.config import PlanJob, page_path
@@ -42,9 +40,8 @@ def main(words: list[str]) -> int:
     plan.notes[:0] = notes
     if is_named:
         plan.check(lambda: check_changes(plan.job.training))
-    if job.plan.json:
-        json.dump(as_json(plan), sys.stdout, indent=2)
-        print()
+    if is_json():
+        tell(as_json(plan))
     else:
         show(plan)
     if to is not None:

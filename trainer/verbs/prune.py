@@ -21,6 +21,7 @@ from forescale.checkpoint.retention import (
 from forescale.config.compose import parse
 from forescale.config.job import RunJob
 from forescale.config.schema import key
+from forescale.ground.document import tell
 from forescale.ground.errors import DONE, UserError
 from forescale.monitor.audit import size_of
 from forescale.monitor.status import Status
@@ -32,6 +33,7 @@ from forescale.verbs.stop import launcher_of
 @dataclass
 class PruneJob(RunJob):
     VERB: ClassVar[str] = "prune"
+    PRINTS: ClassVar = {"path": str, "keep": dict, "delete": list, "bytes": int, "deleted": bool}
 
     keep: int = key(2, ge=2)  # newest checkpoints kept, besides those kept by config and pins
     yes: bool = False  # delete; false: only list what would be deleted
@@ -56,10 +58,14 @@ def main(words: list[str]) -> int:
         print(f"  {path.name}: {why}{f': {reason}' if reason else ''}")
     for path in left:
         print(f"  {path.name}: delete ({_megabytes(_bytes_in(path))}): left by an interrupted save")
+    freed = sum(size_of(run.checkpoint_path(s)) for s in doomed) + sum(map(_bytes_in, left))
+    paths = [*map(run.checkpoint_path, doomed), *left]
+    keep_of_path = {str(run.checkpoint_path(step)): why for step, why in stay.items()}
+    facts = {"path": run.path, "keep": keep_of_path, "delete": paths, "bytes": freed}
+    tell(facts | {"deleted": False})
     if not doomed and not left:
         print("Nothing to delete.")
         return DONE
-    freed = sum(size_of(run.checkpoint_path(s)) for s in doomed) + sum(map(_bytes_in, left))
     if not job.yes:
         print(f"Would free {_megabytes(freed)}; nothing is deleted without yes=true.")
         return DONE
@@ -73,6 +79,7 @@ def main(words: list[str]) -> int:
     pinned = [step for step in doomed if not delete(run, step)]
     for path in left:
         shutil.rmtree(path)
+    tell({"delete": [p for p in paths if not p.exists()], "deleted": True})
     for step in pinned:
         print(f"Kept {run.checkpoint_path(step)}: it was pinned meanwhile.")
     print(f"Deleted {len(doomed) - len(pinned)} checkpoints, {_megabytes(freed)} in all.")

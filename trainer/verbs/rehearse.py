@@ -1,6 +1,5 @@
 """`forescale rehearse`: make a job's own steps on GPUs that aren't there."""
 
-import json
 import sys
 from contextlib import suppress
 from functools import partial
@@ -8,6 +7,7 @@ from functools import partial
 from forescale.checkpoint.choice import newest_step
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError, Problem
+from forescale.ground.document import is_json, tell
 from forescale.ground.errors import DONE, UserError
 from forescale.ground.storage import write_output
 from forescale.plan.config import page_path
@@ -37,13 +37,11 @@ def main(words: list[str]) -> int:
     job, plan = _plan(words)
     to = page_path(job)
     if plan.problems:
-        if job.plan.json:
-            print(json.dumps({"problems": [p._asdict() for p in plan.problems]}, indent=2))
+        tell({"problems": [p._asdict() for p in plan.problems]})
         raise ConfigError(plan.problems)
     rehearsed = rehearse(plan, partial(Plan, newest=newest_step), say)
-    if job.plan.json:
-        json.dump(as_json(rehearsed), sys.stdout, indent=2)
-        print()
+    if is_json():
+        tell(as_json(rehearsed))
     else:
         show(rehearsed)
     if to is not None:

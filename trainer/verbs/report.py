@@ -9,6 +9,7 @@ from forescale.config.compose import parse
 from forescale.config.job import Job, Problems, RootConfig
 from forescale.config.schema import key, section
 from forescale.data.dataset import MANIFEST, Dataset
+from forescale.ground.document import tell
 from forescale.ground.errors import DONE, UserError
 from forescale.ground.storage import write_output
 from forescale.monitor.report.html import distinct, page
@@ -21,6 +22,7 @@ _KINDS = (".html", ".svg", ".png")
 class ReportJob(Job):
     VERB: ClassVar[str] = "report"
     TARGET: ClassVar[str] = "input"
+    PRINTS: ClassVar = {"file": str, "of": list[str]}
 
     # runs (names or directories), drawn into one chart; or the directory of one curated dataset
     input: list[str] = key([])
@@ -66,6 +68,7 @@ def main(words: list[str]) -> int:
 
         data = picture(runs, job.x, form[1:])
     write_output(path, data)
+    tell({"file": path, "of": [run.path for run in runs]})
     hint = "open it in a browser; it needs no network" if form == ".html" else "the loss"
     print(f"{path}: {', '.join(run.name for run in runs)}; {hint}.")
     return DONE
@@ -84,5 +87,6 @@ def _of_dataset(path: Path, output: str | None) -> int:
     if target.suffix.lower() != ".html":
         raise UserError(f"output={output}", "a curation is a page", "end it with .html")
     write_output(target, curation_page(Dataset(path)).encode())
+    tell({"file": target, "of": [path]})
     print(f"{target}: the curation of {path}; open it in a browser; it needs no network.")
     return DONE

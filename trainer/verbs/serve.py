@@ -11,6 +11,7 @@ from forescale.config.job import ModelJob
 from forescale.config.schema import key
 from forescale.data.conversations.template import Unfit
 from forescale.data.tokenizer import longest_token
+from forescale.ground.document import tell_line
 from forescale.ground.errors import DONE, UserError
 from forescale.ground.rendezvous import is_loopback
 from forescale.inference.view import open_view, ready_to_write
@@ -29,6 +30,8 @@ class ServeJob(ModelJob):
     """A checkpoint, an address, and limits."""
 
     VERB: ClassVar[str] = "serve"
+    PRINTS: ClassVar = {"name": str, "url": str}
+    LINES: ClassVar[str] = "one, when it listens"
 
     host: str = "127.0.0.1"  # address to listen at; 0.0.0.0: all of this machine
     port: int = key(8000, ge=0, le=65535)  # port to listen at; 0: any that is free
@@ -60,6 +63,7 @@ def main(arguments: list[str]) -> int:
     server = open_server(parse(ServeJob, arguments))
     host, port = server.address
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    tell_line({"name": server.service.name, "url": f"http://{address}/v1"})
     print(f"Serving {server.service.name} at http://{address}/v1 (Ctrl-C ends it).")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -24,7 +24,9 @@ from forescale.data.prepare.show import show, summary_lines
 from forescale.data.text.documents import Policy
 from forescale.data.text.files import Files
 from forescale.ground.console import progress_display
+from forescale.ground.document import is_json, tell
 from forescale.ground.errors import DONE, UserError
+from forescale.ground.storage import cache_directory
 
 _SHOW = {"windows": 3, "sequence_length": 256, "seed": 0}
 
@@ -35,6 +37,7 @@ class ShardsJob(Job):
 
     VERB: ClassVar[str] = "shards"
     TARGET: ClassVar[str] = "input"
+    PRINTS: ClassVar = {"path": str, "existed": bool, "corpus_hash": str, "tokens": dict[str, int]}
 
     # text: folders, globs, files, URLs or hf:// datasets; or corpora of token ids
     input: list[str] = key([])
@@ -133,8 +136,15 @@ def main(arguments: list[str]) -> int:
         f"{dataset.vocab_size:,} tokens in the vocabulary):\n"
     )
     print(*summary_lines(dataset.manifest), sep="\n")
+    tell(_facts(dataset) | {"existed": was_there})
     print(f"\nNext: forescale train mine data.path={dataset.path}")
     return DONE
+
+
+def _facts(dataset: Dataset) -> dict[str, Any]:
+    splits, counted = dataset.manifest["splits"].items(), ("documents", "tokens", "bytes")
+    facts = {"path": dataset.where, "corpus_hash": dataset.corpus_hash, "existed": True}
+    return facts | {key: {name: split[key] for name, split in splits} for key in counted}
 
 
 @contextmanager
@@ -242,5 +252,8 @@ def _show(arguments: list[str]) -> int:
             )
         values[name] = int(value)
     where = paths[0] if "://" in paths[0] else Path(paths[0]).expanduser()
+    if is_json():
+        tell(_facts(Dataset(where, cache_directory() / "remote" if "://" in paths[0] else None)))
+        return DONE
     print(show(where, **values))
     return DONE

@@ -1,6 +1,5 @@
 """`forescale status`: a table of all runs, or everything about one, or about a dataset's build."""
 
-import json
 import os
 import shlex
 import time
@@ -10,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, NotRequired
 
 from rich.console import Console
 from rich.live import Live
@@ -18,9 +17,10 @@ from rich.markup import escape
 from rich.text import Text
 
 from forescale.config.compose import parse
-from forescale.config.job import Job, Problems, RootConfig
+from forescale.config.job import Job, RootConfig
 from forescale.config.schema import section
 from forescale.ground.console import open_console
+from forescale.ground.document import is_json, tell, tell_line
 from forescale.ground.errors import DONE, UserError
 from forescale.monitor.build import Build, builds_under, find_build
 from forescale.monitor.curve import needs_ascii
@@ -39,18 +39,16 @@ _REDRAW = 2.0  # seconds
 class StatusJob(Job):
     VERB: ClassVar[str] = "status"
     TARGET: ClassVar[str] = "target"
-    FLAGS: ClassVar = {"--live": "live", "--json": "json"}
+    FLAGS: ClassVar = {"--live": "live"}
+    # of one run the keys of monitor/facts.py, of a dataset those of monitor/build.py
+    PRINTS: ClassVar = {
+        "runs": NotRequired[list[dict]], "state": NotRequired[str], "error": NotRequired[str | None]
+    }  # fmt: skip
+    LINES: ClassVar[str] = "with --live, every two seconds"
 
     target: str | None = None  # a run (name or directory) or a dataset; null: all runs
     live: bool = False  # refresh every two seconds; --live does the same
-    # print JSON, for programs (its keys: forescale help monitor); --json does the same
-    json: bool = False
     run: RootConfig = section(RootConfig)  # where the runs are stored
-
-    def problems(self) -> Problems:
-        if self.live and self.json:
-            return [("json", "can't be refreshed", "give --json or --live, not both")]
-        return []
 
 
 JOB = StatusJob
@@ -61,15 +59,12 @@ def main(words: list[str]) -> int:
     job = parse(StatusJob, words)
     console = open_console()
     in_ascii = needs_ascii(console.encoding, os.environ.get("TERM", ""))
-    if job.json and (build := _build_of(job)):
-        queued = [{"id": j.id, "state": j.state, "reason": j.reason} for j in _jobs_of(build)]
-        print(json.dumps(build.facts(queued), indent=2, allow_nan=False))
-        return DONE
-    if job.json:
-        runs = _runs(job)
-        jobs, ends = _jobs(runs, open_console(stderr=True))
-        rows = [facts(Status(run), jobs.get(run.name), ends.get(run.name)) for run in runs]
-        print(json.dumps(rows[0] if job.target else {"runs": rows}, indent=2, allow_nan=False))
+    if is_json():
+        if not job.live:
+            tell(_facts(job))
+        while job.live:
+            tell_line(_facts(job))
+            time.sleep(_REDRAW)
         return DONE
     index = Index(Path(job.run.root).expanduser())
     if not job.live:
@@ -79,6 +74,17 @@ def main(words: list[str]) -> int:
         while True:
             live.update(page_of(job, index, console.width, in_ascii), refresh=True)
             time.sleep(_REDRAW)
+
+
+def _facts(job: StatusJob) -> dict[str, Any]:
+    """Return what programs read (forescale help monitor)."""
+    if build := _build_of(job):
+        queued = [{"id": j.id, "state": j.state, "reason": j.reason} for j in _jobs_of(build)]
+        return build.facts(queued)
+    runs = _runs(job)
+    jobs, ends = _jobs(runs, open_console(stderr=True))
+    rows = [facts(Status(run), jobs.get(run.name), ends.get(run.name)) for run in runs]
+    return rows[0] if job.target else {"runs": rows}
 
 
 def _runs(job: StatusJob) -> list[Run]:

@@ -12,6 +12,7 @@ import psutil
 
 from forescale.config.compose import parse
 from forescale.config.job import RunJob
+from forescale.ground.document import tell
 from forescale.ground.errors import DONE, UserError
 from forescale.monitor.status import Status
 from forescale.resilience.launcher import ATTEMPT
@@ -27,6 +28,7 @@ _RESTART = 10.0  # seconds: longer than a launcher waits before it starts ranks 
 class StopJob(RunJob):
     VERB: ClassVar[str] = "stop"
     FLAGS: ClassVar = {"--now": "now"}
+    PRINTS: ClassVar = {"path": str, "job": str | None, "process": int | None, "how": str}
 
     now: bool = False  # cancel at once, without saving; --now does the same
 
@@ -40,6 +42,7 @@ def main(words: list[str]) -> int:
     queue."""
     job = parse(StopJob, words)
     run = Run.existing(job.target or "", job.run.root)
+    facts: dict[str, object] = {"path": run.path, "job": None, "process": None, "how": "saves"}
     if run.jobs() and (in_queue := waiting_or_running(run)):
         submission, queued = in_queue
         if Status(run).state == "complete":
@@ -47,7 +50,9 @@ def main(words: list[str]) -> int:
             raise UserError(str(run.path), problem, f"if it doesn't: scancel {queued.id}")
         expect_own(submission, queued)
         submission.stop()  # first, so that the job isn't restarted in between
+        facts["job"] = queued.id
         if job.now or queued.is_waiting:
+            facts["how"] = "cancelled"
             queue.cancel(queued.id)
             was = "was still waiting" if queued.is_waiting else "has only SLURM's KillWait to save"
             print(f"Job {queued.id} is cancelled; it {was}. Resume the run with forescale submit.")
@@ -58,7 +63,9 @@ def main(words: list[str]) -> int:
                 f"{submission.path.parents[1].name} rank=null"
             )
     elif process := launcher_of(run):
+        facts["process"] = process.pid
         if job.now:
+            facts["how"] = "killed"
             process.kill()  # its ranks die with it; psutil signals no later process of the same id
             print(f"Process {process.pid} is killed; steps since the last checkpoint are lost.")
         else:
@@ -67,6 +74,7 @@ def main(words: list[str]) -> int:
     else:
         todo = "see forescale status; on another machine, give this command there"
         raise UserError(str(run.path), "it neither runs on this machine nor is in the queue", todo)
+    tell(facts)
     return DONE
 
 

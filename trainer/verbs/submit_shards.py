@@ -14,10 +14,11 @@ from typing import ClassVar
 from forescale.config.compose import compose
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError, Problem, section
+from forescale.ground.document import tell
 from forescale.ground.errors import UserError
 from forescale.run.directory import Run
 from forescale.slurm import queue
-from forescale.slurm.config import SlurmConfig, SubmitConfig
+from forescale.slurm.config import SUBMITTED, SlurmConfig, SubmitConfig
 from forescale.slurm.limits import limit_problems
 from forescale.slurm.script import Command, CommandArray, submit_arrays
 from forescale.slurm.submission import Submission
@@ -38,6 +39,7 @@ class SubmitShardsJob(ShardsJob):
 
     VERB: ClassVar[str] = "submit shards"
     FLAGS: ClassVar = {"--dry-run": "submit.dry_run"}
+    PRINTS: ClassVar = SUBMITTED
 
     slurm: SlurmConfig = section(SlurmConfig)  # the nodes, and what each gets of the cluster
     submit: SubmitConfig = section(SubmitConfig)  # how to submit
@@ -82,7 +84,9 @@ def submit(arguments: list[str]) -> None:
         )
 
     if job.submit.dry_run:
-        print(array(jobs / "NNNN").script(), end="")
+        script = array(jobs / "NNNN").script()
+        tell({"scripts": [script]})
+        print(script, end="")
         return
     source_of(job)  # what is missing is said now, not in the queue
     job.curate.describe()
@@ -95,6 +99,7 @@ def submit(arguments: list[str]) -> None:
     queue.expect_accepted(array(jobs / "NNNN").script())
     submitted = array(Run(jobs).new_job())
     (id,) = submit_arrays([submitted], job.input, [])
+    tell({"jobs": [{"id": id, "path": output}]})
     nodes = "a node" if str(job.slurm.nodes) == "1" else f"{job.slurm.nodes} nodes"
     tasks = f"{size} tasks, each on " if size > 1 else ""
     print(f"Submitted job {id}: {output} on {tasks}{nodes}.")

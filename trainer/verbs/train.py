@@ -9,9 +9,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 from forescale.checkpoint.choice import newest_step
 from forescale.checkpoint.mirror import mirror_of
@@ -25,6 +27,7 @@ from forescale.config.sizes import in_words
 from forescale.config.target import CELL, STORED, refuse_targets, remember, targets
 from forescale.config.train import TrainJob
 from forescale.engine.deepspeed_check import problems_apart
+from forescale.ground.document import is_json, tell_line
 from forescale.ground.errors import DONE, UserError
 from forescale.resilience import forking, launcher, template
 from forescale.resilience.elastic import LocalSize, LocalSizes
@@ -32,12 +35,14 @@ from forescale.resilience.outcome import notify, report_error
 from forescale.run.command import job_of
 from forescale.run.directory import Run
 from forescale.run.feed import epochs, feed_of, notes
+from forescale.run.rows import RowReader
 from forescale.run.start import Start, start
 from forescale.train.probe import examine_apart
 from forescale.verbs import load
 
 _FROZEN = "--frozen"
 _TRUST = "trust=true"
+_EVERY = 0.5  # seconds between two looks for new rows
 
 
 JOB = TrainJob
@@ -83,6 +88,9 @@ def main(words: list[str]) -> int:
     if not is_stored:
         remember(started.job, started.run.path)
     _introduce(started, sizes.now)
+    facts = {"run": started.run.name, "path": started.run.path, "ranks": processes}
+    lengths = {"steps": job.total_steps, "tokens_per_step": job.tokens_per_step}
+    tell_line({"kind": "started", **facts, **lengths})
     for note in (*started.notes, *hold(started.run, started.job.run.origin, started.job.run.root)):
         print(f"Note: {note}", flush=True)
     trust = [_TRUST] if targets(job) else []  # the user has just named them
@@ -92,18 +100,51 @@ def main(words: list[str]) -> int:
     command = [*command, _FROZEN, *trust]
     ranks = template.Template(command)
     try:
-        code = launcher.run_attempts(started.run, command, sizes, grace, stop, ranks)
+        with _rows_for_programs(started.run):
+            code = launcher.run_attempts(started.run, command, sizes, grace, stop, ranks)
     finally:
         ranks.end()
         if mirror:  # also of an interrupted run, whose last save may be needed elsewhere
             mirror.close(lambda: time.monotonic() > stop.deadline)
-    notify(started.run, code, launcher.last_end(started.run), print)
-    if code == DONE and not is_cell:
+    how = launcher.last_end(started.run)
+    notify(started.run, code, how, print)
+    tell_line({"kind": "ended", "exit_code": code, "how": how, "path": started.run.path})
+    if code == DONE and not is_cell and not is_json():
         with first_imports():
             from forescale.inference.summary import summarize
 
         summarize(started, load("generate").main)
     return code
+
+
+@contextmanager
+def _rows_for_programs(run: Run) -> Iterator[None]:
+    """Within the block, with --json, print the rows that new attempts of a run write to their
+    metrics, soon after they are written."""
+    earlier = {attempt.number for attempt in run.attempts()}
+    readers: dict[tuple[int, str], RowReader] = {}
+    is_over = Event()
+
+    def follow() -> None:
+        goes_on = True
+        while goes_on:
+            goes_on = not is_over.wait(_EVERY)
+            for number, path in ((a.number, a.path) for a in run.attempts()):
+                for kind in ("train", "validation") if number not in earlier else ():
+                    file = path / run.metrics.name
+                    reader = readers.setdefault((number, kind), RowReader(file, kind))
+                    with suppress(UserError, OSError):  # training itself reports a damaged file
+                        for row in reader.read():
+                            if row.get("attempt") == number:  # not the history of earlier ones
+                                tell_line(row)
+
+    with ThreadPoolExecutor(1) as pool:
+        if is_json():
+            pool.submit(follow)
+        try:
+            yield
+        finally:
+            is_over.set()
 
 
 def _frozen(arguments: list[str]) -> TrainJob:

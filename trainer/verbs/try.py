@@ -2,12 +2,12 @@
 
 # ruff: noqa: N999 (the file has the name of its verb)
 
-import json
 import math
 
 from forescale.config.compose import compose
 from forescale.config.job import overrides_of
 from forescale.ground.console import open_console
+from forescale.ground.document import tell
 from forescale.ground.errors import DONE, UserError
 from forescale.trials import page
 from forescale.trials.answer import answer, answers
@@ -41,10 +41,8 @@ def main(words: list[str]) -> int:
         campaign, code = _tried(job)
     known = answers(campaign)
     page.write(campaign, known, job.report)
-    if job.json:
-        facts = {"campaign": job.campaign, "trials": [a.as_dict() for a in known]}
-        print(json.dumps({**facts, "log": campaign.ledger.head, "page": str(job.report)}))
-        return code
+    facts = {"campaign": job.campaign, "trials": [a.as_dict() for a in known]}
+    tell({**facts, "log": campaign.ledger.head, "page": job.report})
     page.show(known, open_console())
     print(f"\nPage: {job.report}. Last hash of the log: {campaign.ledger.head[:16]}.")
     return code
@@ -52,20 +50,19 @@ def main(words: list[str]) -> int:
 
 def _tried(job: TryJob) -> tuple[Campaign, int]:
     """Run the trial of a job; return its campaign, and the exit code."""
-    log = (lambda _: None) if job.json else _log
     job.folder.mkdir(parents=True, exist_ok=True)
     with alone(job.folder):
         campaign = Campaign.opened(job)
         trial = campaign.attempt(job)
         number, needed = trial.row["number"], trial.row["threshold"]
-        log(f"{trial.name} is attempt {number} of campaign {job.campaign}: better needs an "
+        _log(f"{trial.name} is attempt {number} of campaign {job.campaign}: better needs an "
             f"e-value of {needed:.4g}.")  # fmt: skip
-        code = Runner(trial, job, log).go()
+        code = Runner(trial, job, _log).go()
         a = answer(trial)
-        log(f"{trial.name}: {a.word} ({a.why}).")
+        _log(f"{trial.name}: {a.word} ({a.why}).")
         for noun, factor in a.factors.items():
             if math.isfinite(factor.value):
-                log(f"Factor of {noun}: {factor}.")
+                _log(f"Factor of {noun}: {factor}.")
     return campaign, code
 
 

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory, TemporaryFile
 import pytest
 import torch
 
+from forescale import cli
 from forescale.config.sections.objective import OBJECTIVES
 from forescale.ground.errors import UserError
 from forescale.models.mixers import MIXERS
@@ -22,7 +23,6 @@ from forescale.rehearsal.library import library
 from forescale.rehearsal.rank import Request
 from forescale.rehearsal.rehearsal import _rank
 from forescale.run.command import job_of
-from forescale.verbs import rehearse
 from tests import warm
 from tests.preferences import preferences
 from tests.questions import rows, write_rows
@@ -261,11 +261,11 @@ def test_adapters_that_learn_do_what_the_plan_says(small_data, tmp_path):
 def test_two_shallow_depths_tell_all_of_a_deep_model(engine, monkeypatch, capfd):
     words = [*JOB, "model.num_layers=7", f"engine={engine}", "--json", "rehearse.kernels=off"]
     monkeypatch.setattr(depth, "_MOST", 1.0)
-    assert rehearse.main(words) == 0
+    assert cli.main(["rehearse", *words]) == 0
     from_two = json.loads(capfd.readouterr().out)
     assert from_two["depths"] == [2, 4]
     monkeypatch.undo()
-    assert rehearse.main(words) == 0
+    assert cli.main(["rehearse", *words]) == 0
     whole = json.loads(capfd.readouterr().out)
     assert whole["depths"] is None
     (two,), (all_,) = from_two["ranks"], whole["ranks"]

@@ -178,8 +178,11 @@ def test_a_forecast_is_written_and_scored(tmp_path, monkeypatch, forescale):
     rows.to_csv("points.csv", index=False)
     words = ("points.csv", "study=mine")
     options = (*words, "bootstraps=100")
-    out = forescale.prints("study", "predict", *options, "target.run=big", "target.flops=3e21")
+    run = (*options, "target.flops=3e21")
+    out = forescale.prints("study", "predict", *run, "target.run=big")
     assert out.startswith("studies/mine/forecasts/0001.json: loss 2.")
+    out = forescale.prints("study", "predict", *run, "study=b", "target.run=c", "--json")
+    assert json.loads(out)["file"] == "studies/b/forecasts/0001.json"
     out = forescale.prints("study", "score", *words)
     assert "0 of 1 forecasts have an observed loss" in out
     assert "1 runs have no record yet." in out

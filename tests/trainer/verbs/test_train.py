@@ -1,6 +1,7 @@
 """`forescale train`: how many ranks it starts, and the job of a rank, which is the one in its run's
 directory."""
 
+import json
 import os
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,10 +13,13 @@ from forescale.config import hardware
 from forescale.config.frozen import freeze, thaw
 from forescale.config.job import overrides_of
 from forescale.config.train import TrainJob
+from forescale.ground.document import for_programs
 from forescale.ground.errors import UserError
 from forescale.plan import oom
 from forescale.run.command import job_of
-from forescale.verbs.train import _frozen, local_ranks, local_sizes
+from forescale.run.directory import Parent
+from forescale.verbs.train import _frozen, _rows_for_programs, local_ranks, local_sizes
+from tests.trainer.small_run import train_row
 
 
 def test_a_frozen_job_is_read_from_the_runs_directory(own_run, tmp_path):
@@ -27,6 +31,15 @@ def test_a_frozen_job_is_read_from_the_runs_directory(own_run, tmp_path):
     assert (job.run.name, job.run.root) == ("other", str(moved.parent))
     stored = thaw(TrainJob, moved / "config.yaml")
     assert replace(job, run=stored.run) == stored
+
+
+def test_programs_get_each_row_of_a_new_attempt_once(own_run, capsys):
+    with for_programs(True), _rows_for_programs(own_run):
+        attempt = own_run.new_attempt()
+        attempt.start_from(Parent(4), own_run)
+        attempt.metrics.add(train_row(attempt, 5))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["kind"], row["step"], row["attempt"]) for row in rows] == [("train", 5, 2)]
 
 
 def test_a_directory_that_is_where_it_was_changes_nothing(own_run, monkeypatch):

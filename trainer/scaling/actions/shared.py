@@ -1,11 +1,10 @@
 """What actions of `forescale study` share: groups of keys, the reading of runs, output as JSON."""
 
-import json
-import sys
 from typing import Any
 
 import pandas as pd
 
+from forescale.ground.document import tell
 from forescale.ground.errors import DONE, UserError
 from forescale.scaling.analysis.mixture_fit import has_mixtures
 from forescale.scaling.analysis.recipe_cells import has_recipes
@@ -44,7 +43,6 @@ def read_one_recipe(job: StudyJob, action: str) -> tuple[pd.DataFrame, str]:
 
 
 def print_json(document: Any) -> int:
-    """Print one JSON document, and nothing else, to standard output; return exit code 0."""
-    json.dump(document, sys.stdout, indent=2)
-    print()
+    """Print a result as the document for programs; return exit code 0."""
+    tell(document)
     return DONE

@@ -4,6 +4,7 @@ import sys
 
 from forescale.config.job import Action
 from forescale.ground.console import open_console, progress_display
+from forescale.ground.document import is_json
 from forescale.ground.errors import DONE, UserError
 from forescale.pages.document import show
 from forescale.scaling.actions.shared import RUNS, TASK, print_json
@@ -15,13 +16,14 @@ from forescale.scaling.study.inputs import read_finished
 
 ACTION = Action(
     "Judge forecasts by finished studies: what each method would have said, and how far off.",
-    (*RUNS, "form", "size", "cost", "delta", "residual", "near", *TASK, "json"),
+    (*RUNS, "form", "size", "cost", "delta", "residual", "near", *TASK),
     (
         "study backtest study=mine",
         "study backtest points.csv columns='{parameters: Model Size, budget: C}'",
         "study backtest 'tables/*.csv' --json   (of every table, and of all together)",
         "study backtest runs.csv task=acc_arc   (the metric of a task, by two steps)",
     ),
+    {"scores": list[dict]},
 )
 
 
@@ -36,7 +38,7 @@ def main(job: StudyJob) -> int:
             scores = task_scores(rows)
     for one in refused:
         print(f"Note: {one.where} is left out: {one.problem}.", file=sys.stderr)
-    if job.json:
+    if is_json():
         return print_json(backtest.as_dict(scores))
     show(open_console(), score_sections(scores, None if job.task is None else job.metric))
     return DONE

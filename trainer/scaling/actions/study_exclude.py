@@ -1,6 +1,7 @@
 """`forescale study exclude`: leaves runs out of the fit."""
 
 from forescale.config.job import Action
+from forescale.ground.document import tell
 from forescale.ground.errors import DONE, UserError
 from forescale.scaling.actions.shared import STUDY
 from forescale.scaling.config import StudyJob
@@ -10,6 +11,7 @@ ACTION = Action(
     "Leave runs out of the fit, with a reason that is stored.",
     (*STUDY, "cells", "why"),
     ("study exclude study=mine cells=[s2-n3] why='a faulty node'",),
+    {"path": str, "excluded": list[str]},
 )
 
 
@@ -25,4 +27,5 @@ def main(job: StudyJob) -> int:
     with study.deciding():
         for name in job.cells:
             study.event("cell_excluded", cell=name, why=job.why)
+    tell({"path": job.folder, "excluded": job.cells})
     return DONE

@@ -1,7 +1,10 @@
 """`forescale study fit`: fits the law, compares recipes, or finds the best shares of sources."""
 
+from typing import NotRequired
+
 from forescale.config.job import Action
 from forescale.ground.console import open_console
+from forescale.ground.document import is_json
 from forescale.ground.errors import DONE
 from forescale.pages.document import show
 from forescale.scaling.actions.shared import FIT, print_json
@@ -20,7 +23,7 @@ from forescale.scaling.study.inputs import read, with_outcome
 
 ACTION = Action(
     "Fit the scaling law to a study, to other runs or to a table, and predict the target.",
-    (*FIT, "target.run", "sensitivity", "reference", "goal", "json"),
+    (*FIT, "target.run", "sensitivity", "reference", "goal"),
     (
         "study fit study=mine",
         "study fit 'runs/*' target.flops=1e18",
@@ -30,7 +33,11 @@ ACTION = Action(
         "study fit recipes.csv reference=adamw   (columns recipe, flops, learning_rate, loss)",
         "study fit study=mine goal='{code: 2, web: 1}'   (of mixtures: their best shares)",
     ),
-)
+    {
+        "level": float, "doubts": list[str], "prediction": NotRequired[dict | None],
+        "candidates": NotRequired[list[dict]], "weights": NotRequired[dict[str, float]],
+    },
+)  # fmt: skip
 
 
 def main(job: StudyJob) -> int:
@@ -38,20 +45,20 @@ def main(job: StudyJob) -> int:
     table, where = read(job)
     if has_recipes(table):
         recipes = multipliers.Multipliers(table, job, where)
-        if job.json:
+        if is_json():
             return print_json(multipliers.as_dict(recipes))
         show(open_console(), recipe_sections(recipes), head_of(recipes))
         return DONE
     if mixture_fit.has_mixtures(table, job):
         mixed = mixture_fit.MixtureFit(table, job, where)
-        if job.json:
+        if is_json():
             return print_json(mixture_fit.as_dict(mixed))
         show(open_console(), mixture_sections(mixed), summary_of(mixed))
         return DONE
     law = law_of(with_outcome(table, job, where), job, where)
     law.predict()  # raises UserError for a bad target before anything is printed
     task = task_of(law, where)
-    if job.json:
+    if is_json():
         return print_json(as_dict(law) | ({} if task is None else {"task": task_as_dict(task)}))
     forecasts = [] if job.input and not job.target.run else read_forecasts(job.forecasts)
     sections = terminal_sections(law, forecasts) + ([] if task is None else [task_section(task)])

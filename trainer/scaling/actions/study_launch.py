@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from forescale.config.job import Action
 from forescale.ground.console import open_console
+from forescale.ground.document import tell
 from forescale.ground.errors import DONE, UserError
 from forescale.pages.document import show
 from forescale.scaling.actions.shared import STUDY
@@ -20,6 +21,7 @@ ACTION = Action(
         "study launch study=mine launch.at_once=2",
         "study launch study=mine launch.slurm=PROFILE -- slurm.time='2 h'   (as job arrays)",
     ),
+    {"path": str, "unfinished": int, "exit_code": int},
 )
 
 
@@ -43,9 +45,11 @@ def main(job: StudyJob) -> int:
                     study.retry(state.cell.name)
         launcher = (QueueLauncher if keys.slurm else LocalLauncher)(study, keys, _log)
         code = launcher.go()
+    left = study.unfinished()
+    tell({"path": study.folder, "unfinished": len(left), "exit_code": code})
     if code != DONE:
         return code
-    if not (left := study.unfinished()):
+    if not left:
         _log(f"Nothing is left to run. Next: forescale study report study={study.folder.name}")
     elif not keys.slurm or keys.follow:
         trunks = ", ".join(sorted({c.trunk for c in left if c.trunk}))

@@ -2,6 +2,7 @@
 
 from forescale.config.job import Action
 from forescale.ground.console import open_console
+from forescale.ground.document import tell
 from forescale.ground.errors import DONE, UserError
 from forescale.scaling.actions.shared import LAW, RUNS, TARGET, read_one_recipe
 from forescale.scaling.analysis.selection import law_of
@@ -20,6 +21,7 @@ ACTION = Action(
         "plan.micro_batch", "plan.ranks", "plan.rate", "plan.unique",
     ),
     ("study next study=mine cap=1e15 add=true",),
+    {"runs": list[dict], "added": bool},
 )  # fmt: skip
 
 
@@ -39,6 +41,7 @@ def main(job: StudyJob) -> int:
     candidates = candidates_of(common, low, job.cap, law.all_points)
     choices = recommend(law.calibrated, candidates, RunSet.of_target(common, job.target), job.cap)
     show(choices, open_console(), common.rate)
+    tell({"runs": choices, "added": bool(study and job.add)})
     if study and job.add:
         with study.deciding():
             add_runs(study, choices, print)

@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 
 from forescale.config.job import Action
 from forescale.ground.console import open_console
+from forescale.ground.document import tell
 from forescale.ground.errors import DONE
 from forescale.scaling.actions.shared import LAW, STUDY
 from forescale.scaling.config import StudyJob
@@ -18,6 +19,7 @@ ACTION = Action(
         "study plan study=mine plan.cap=1e18 -- data.path=DIR model.mlp=gelu   (of all runs)",
         "study plan plan.kind=mixtures plan.cap=1e18 -- data=mixture 'data.sources={a: A, b: B}'",
     ),
+    {"path": str, "cells": int, "cap": float},
 )
 
 
@@ -33,6 +35,7 @@ def main(job: StudyJob) -> int:
     console = open_console()
     Study.make(job.folder, job, plan, {"expected": asdict(precision) if precision else None})
     planning.show(plan, precision, console)
+    tell({"path": job.folder, "cells": len(plan.cells), "cap": plan.cap})
     todo = f"forescale study launch study={job.study}"
     console.print(f"\nThe plan is in {job.folder}. Next: {todo}", soft_wrap=True)
     return DONE

@@ -1,6 +1,9 @@
 """`forescale study predict`: stores a forecast of a run before it is trained."""
 
+from typing import NotRequired
+
 from forescale.config.job import Action
+from forescale.ground.document import tell
 from forescale.ground.errors import DONE, UserError
 from forescale.scaling.actions.shared import FIT, read_one_recipe
 from forescale.scaling.analysis.forecast import write_forecast
@@ -13,6 +16,7 @@ ACTION = Action(
     "Store a forecast of a run before it is trained.",
     (*FIT, "target.branches", "target.run"),
     ("study predict 'runs/small-*' target.run=big target.parameters=1e8 target.tokens=2e9",),
+    {"file": str, "loss": float, "interval": list[float], "task": NotRequired[dict]},
 )
 
 
@@ -26,6 +30,7 @@ def main(job: StudyJob) -> int:
     task = task_of(law, where)
     forecast = write_forecast(law, job.forecasts, job.target.run, task=task)
     facts = forecast.facts
+    tell({"file": forecast.path, **facts})
     (low_50, high_50), (low, high) = facts["interval_50"], facts["interval"]
     print(
         f"{forecast.path}: loss {facts['loss']:.4f}, 50% interval {low_50:.4f} to {high_50:.4f}, "

@@ -6,6 +6,7 @@ The report of a planned study is written even before a law can be fitted.
 import sys
 
 from forescale.config.job import Action
+from forescale.ground.document import tell
 from forescale.ground.errors import DONE, UserError
 from forescale.scaling.actions.shared import FIT
 from forescale.scaling.analysis.mixture_fit import MixtureFit, has_mixtures
@@ -24,6 +25,7 @@ ACTION = Action(
     "Write the fit, its figures and its doubts as one HTML file.",
     (*FIT, "target.run", "reference", "goal", "to"),
     ("study report study=mine", "study report 'runs/*' target.flops=1e18 to=report.html"),
+    {"file": str, "law": bool, "runs": int},
 )
 
 
@@ -34,12 +36,14 @@ def main(job: StudyJob) -> int:
     if has_recipes(table):
         recipes = Multipliers(table, job, where)
         page, *_ = recipes_page.write(recipes, table, job.report, command)
+        tell({"file": page, "law": True, "runs": len(table)})
         count = f"{len(recipes.candidates)} recipes against {recipes.base}"
         print(f"{page}: {count}; open it in a browser.")
         return DONE
     if has_mixtures(table, job):
         mixed = MixtureFit(table, job, where)
         page, *_ = mixture_page.write(mixed, table, job.report, command)
+        tell({"file": page, "law": True, "runs": len(table)})
         print(f"{page}: {len(mixed.shares)} mixtures; open it in a browser.")
         return DONE
     evidence = gather(job, with_outcome(table, job, where))
@@ -61,6 +65,8 @@ def main(job: StudyJob) -> int:
                 raise
             task = str(e)
     write(law, evidence, job.report, where, command, task)
+    has_law = isinstance(law, StudyFit)
+    tell({"file": job.report, "law": has_law, "runs": len(evidence.fitted)})
     runs = "no law yet" if isinstance(law, str) else f"{len(law.points)} runs"
     print(f"{job.report}: {runs}; open it in a browser. Figures for papers: {beside(job.report)}/")
     return DONE

@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 from forescale.config.job import Action
 from forescale.ground.console import open_console
+from forescale.ground.document import is_json
 from forescale.ground.errors import DONE, UserError
 from forescale.pages.document import show
 from forescale.scaling.actions.shared import RUNS, print_json, read_one_recipe
@@ -15,8 +16,9 @@ from forescale.scaling.study.inputs import with_columns
 
 ACTION = Action(
     "Compare the stored forecasts with the losses observed since.",
-    (*RUNS, "json"),
+    RUNS,
     ("study score 'runs/*'",),
+    {"errors": dict[str, float], "inside": int, "abandoned": list[str], "tasks": list[dict]},
 )
 
 
@@ -29,7 +31,7 @@ def main(job: StudyJob) -> int:
         raise UserError(str(job.forecasts), "holds no forecasts", todo)
     losses = score(forecasts, table)
     tasks = score_tasks(forecasts, with_columns(table, job, columns_of(forecasts)))
-    if job.json:
+    if is_json():
         return print_json(vars(losses) | {"tasks": [asdict(task) for task in tasks]})
     show(open_console(), [forecast_section(forecasts, losses), *forecast_sections(tasks)])
     return DONE

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from typing import Any
 
 from rich.console import Group
 from rich.live import Live
@@ -10,15 +11,20 @@ from rich.text import Text
 
 from forescale.config.job import Action
 from forescale.ground.console import open_console, table
+from forescale.ground.document import is_json, tell, tell_line
 from forescale.ground.errors import DONE
 from forescale.scaling.actions.shared import STUDY
 from forescale.scaling.config import StudyJob
-from forescale.scaling.study.directory import Study
+from forescale.scaling.study.directory import CellState, Study
 
+# The document of `study status` and `study sync`. later: number of cells of draft stages.
+BOARD = {"path": str, "cells": list[dict], "spent": float, "cap": float, "later": int}
 ACTION = Action(
     "Show the state, loss and cost of every run of a study.",
     (*STUDY, "live"),
     ("study status study=mine --live",),
+    BOARD,
+    "with --live, every two seconds",
 )
 _REDRAW = 2.0  # seconds between two drawings of the live table
 _COLOURS = {
@@ -33,6 +39,11 @@ _COLUMNS = (
 def main(job: StudyJob) -> int:
     """Print the board of the study; with `live`, redraw it until Ctrl-C."""
     console = open_console()
+    while is_json():
+        (tell_line if job.live else tell)(_facts(Study(job.folder)))
+        if not job.live:
+            return DONE
+        time.sleep(_REDRAW)
     if not job.live:
         console.print(_board(Study(job.folder)))
         return DONE
@@ -42,10 +53,25 @@ def main(job: StudyJob) -> int:
             time.sleep(_REDRAW)
 
 
+def _exact(study: Study) -> list[CellState]:
+    """Return the states of all cells but those of draft stages."""
+    exact = {stage.number for stage in study.plan.stages if stage.exact}
+    return [s for s in study.states() if s.cell.stage in exact]
+
+
+def _facts(study: Study) -> dict[str, Any]:
+    """Return the board for programs."""
+    cells = [
+        vars(s) | {"cell": s.cell.name, "role": s.cell.role, "tokens": s.cell.tokens}
+        for s in _exact(study)
+    ]
+    facts = {"path": study.folder, "cells": cells, "later": len(study.plan.cells) - len(cells)}
+    return {**facts, "spent": study.spent, "cap": study.plan.cap}
+
+
 def _board(study: Study) -> Group:
     """Return the table of all cells but those of draft stages."""
-    exact = {stage.number for stage in study.plan.stages if stage.exact}
-    states = [s for s in study.states() if s.cell.stage in exact]
+    states = _exact(study)
     counts = Counter(s.status for s in states)
     summary = ", ".join(f"{n} {status}" for status, n in counts.most_common())
     drafts = len(study.plan.cells) - len(states)

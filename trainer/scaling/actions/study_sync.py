@@ -12,6 +12,8 @@ ACTION = Action(
     "Take all decisions that the results so far allow, and launch nothing.",
     (*STUDY, "live"),
     ("study sync study=mine",),
+    study_status.BOARD,
+    "with --live, every two seconds",
 )
 
 

@@ -52,13 +52,13 @@ from forescale.scaling.records.records import of_runs
 
 _UNQUOTED = re.compile(r"[\w./ %+-]*")
 # What a command does and where it writes: never by a stored file, which anybody may have written.
-_OF_COMMAND = ("launch", "to", "json", "live", "add", "cap", "cells", "why", "run")
-# Keys of fits that only earlier versions have, and those of them that say nothing.
+_OF_COMMAND = ("launch", "to", "live", "add", "cap", "cells", "why", "run")
+# Keys that only earlier versions have, and those of them that say nothing.
 _GONE = re.compile(
-    r"^(?:weights: .*|resample: residuals|task(?:s|_losses):.*(?:\n .*)*)\n",
+    r"^(?:json: .*|weights: .*|resample: residuals|task(?:s|_losses):.*(?:\n .*)*)\n",
     re.MULTILINE,
 )
-_DEFAULTS = ("weights: none", "tasks: {}", "task_losses: {}")
+_DEFAULTS = ("json: false", "json: true", "weights: none", "tasks: {}", "task_losses: {}")
 TARGET = "target"  # name of the cell whose loss the study predicts
 
 
