@@ -23,7 +23,7 @@ from forescale.ground.errors import DONE, EXIT_CODES, UserError
 from forescale.verbs import VERBS, help_page
 
 _BEFORE = ("data", "checkpoint", "monitor", "plan", "rehearsal")
-_ROOMS = (*_BEFORE, "scaling", "models", "inference", "serving")
+_ROOMS = (*_BEFORE, "scaling", "trials", "models", "inference", "serving")
 # The package of each topic, in the order of reading; the first page is the project's own.
 TOPICS = {"start": "", "conf": "forescale.conf", "slurm": "forescale.slurm"}
 TOPICS |= {room: f"forescale.{room}" for room in _ROOMS} | {"code": "forescale"}
