@@ -128,7 +128,8 @@ def cells_of(
 
 
 def _cell(recipe: str, budget: float, rows: pd.DataFrame) -> RecipeCell | LostCell | None:
-    """Return the cell of these runs; None if all of them confirm it."""
+    """Return the cell of these runs; None if all of them confirm it, or if
+    its search has not ended."""
     is_fresh, is_seed = rows["_role"] == "confirm", rows["_role"] == "seed"
     is_finite = np.isfinite(rows["loss"])
     is_swept = rows["_role"].isin(("grid", "rate")) if is_seed.any() else ~is_fresh
@@ -139,6 +140,8 @@ def _cell(recipe: str, budget: float, rows: pd.DataFrame) -> RecipeCell | LostCe
         gone = is_counted if is_swept_well else ~is_fresh
         are = "runs with other seeds" if is_swept_well else "runs"
         return LostCell(recipe, budget, int(gone.sum()), are) if gone.any() else None
+    if "edges" in rows and not is_seed.any():
+        return None  # its search goes on
     logs = np.log(runs["loss"])
     by_setting = logs.groupby([runs["_size"], runs["_rate"]]).agg(["size", "mean"])
     size, rate = by_setting.sort_values(["size", "mean"], ascending=[False, True]).index[0]

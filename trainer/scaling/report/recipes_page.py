@@ -28,6 +28,7 @@ from forescale.scaling.report.fit_sections import reasons
 from forescale.scaling.report.provenance import provenance
 
 _COSTS = {"seconds": "seconds", "parameters": "parameters", "bytes": "bytes of text"}
+_FEW = 4  # learning rates that are listed
 _APART = 0.5  # of a row's height, over which its budgets are spread
 _ROW, _MARGIN = 46, 130  # pixels of a row; of axis and title together
 _FINE = 61
@@ -86,7 +87,8 @@ def recipe_sections(results: Multipliers) -> list[Section]:
         for p in one.places:
             fresh: list[Cell] = _cells(p.confirmed, p.reach) if p.confirmed else ["", ""]
             cells = [number(p.cell.flops, 4), _size(p.cell), number(np.exp(p.cell.log_loss))]
-            others = [_value(p.others[name], (0.0, np.inf)) for name in results.costs]
+            values = [p.others[name].value for name in results.costs]
+            others = [number(x) if 0 < x < np.inf else "-" for x in values]
             rows.append([one.name, *cells, *_cells(p.multiplier, p.reach), *others, *fresh])
         for label, ratio in (("mean", one.mean), ("a decade", one.trend)):
             if ratio is not None:
@@ -105,7 +107,7 @@ def recipe_sections(results: Multipliers) -> list[Section]:
     for name in (results.base, *(c.name for c in results.candidates)):
         for c in results.of(name):
             rates.append([
-                c.recipe, number(c.flops, 4), Markup(", ").join(number(r, 2) for r in c.rates),
+                c.recipe, number(c.flops, 4), _tried(c.rates),
                 number(c.learning_rate, 2), bracketed[c.is_bracketed], str(len(c.logs)),
                 str(c.diverged),
             ])  # fmt: skip
@@ -116,6 +118,14 @@ def recipe_sections(results: Multipliers) -> list[Section]:
         Section("numbers", "In numbers", rows=rows, head=True),
         Section("rates", "How each recipe was tuned", rows=rates, head=True),
     ]
+
+
+def _tried(rates: Sequence[float]) -> Cell:
+    """Return the learning rates that were tried; of many, the ends."""
+    if len(rates) <= _FEW:
+        return Markup(", ").join(number(r, 2) for r in rates)
+    ends = number(rates[0], 2), number(rates[-1], 2)
+    return Markup("{}, {} to {}").format(len(rates), *ends)
 
 
 def _size(c: RecipeCell) -> str:
