@@ -14,6 +14,7 @@ log before the next run begins; the same command goes on. An attempt counts howe
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,6 +51,7 @@ BASE = "base"
 NOISE_RUNS = 4  # of the base, before the first pair: halves of pairs, so that they cost nothing
 HALF_RUNS = 2  # of the base at half the compute, by which a gain becomes a factor of compute
 _FRESH = 1000  # added to the seeds of the fresh pairs
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*")
 _SHARE = 0.8  # of trials in which a gain is called shown
 
 
@@ -158,8 +160,8 @@ class Campaign:
         if not job.change:
             problem = "is no trial of the campaign yet, so it needs a change"
             raise UserError(name, problem, f"write forescale try {name} -- KEY=VALUE")
-        if not name.replace("-", "").replace("_", "").isalnum() or name.startswith(f"{BASE}-"):
-            raise UserError(name, "is no name", "use letters, digits, - and _")
+        if not _NAME.fullmatch(name) or name.partition("-")[0] == BASE:
+            raise UserError(name, "is no name of a trial", "use letters, digits, -, _ and +")
         changed = changed_side(self.base, job.change, job.equal)
         keys = changes_of(self.base, changed)
         for row in self.attempts:
@@ -232,7 +234,7 @@ class Trial:
             return self._halves()
         base, changed = self.sides(stage)
         runs = list[Planned]()
-        first = min(NOISE_RUNS, most) if stage == "first" else 0
+        first = self._noise_runs if stage == "first" else 0
         for i in range(1, first + 1):
             runs.append(self._run(BASE, base, stage, i))
         for i in range(len(self.pairs(stage)) + 1, most + 1):
@@ -275,7 +277,7 @@ class Trial:
         and the prediction of the larger size. Raises UserError for a pair that isn't fair."""
         while (stage := self.stage) is not None:
             if stage == "first":
-                self._enter_noise(most, log)
+                self._enter_noise(log)
             if stage == "larger":
                 self._enter_prediction(log)
             self._enter_pairs(stage, most, log)
@@ -331,16 +333,22 @@ class Trial:
         """Return the e-value that counts as better."""
         return float(self.row["threshold"]) if stage == "first" else 1 / self.campaign.alpha
 
-    def _enter_noise(self, most: int, log: Callable[[str], None]) -> None:
+    @property
+    def _noise_runs(self) -> int:
+        return min(NOISE_RUNS, int(self.row["pairs"]))
+
+    def _enter_noise(self, log: Callable[[str], None]) -> None:
         """Enter the noise of seeds once the first runs of the base are complete, with what the
         pairs can show. It is known to the campaign from its first trial on."""
         ledger, number = self.campaign.ledger, self.row["number"]
         if ledger.of("noise", attempt=number):
             return
         base, _ = self.sides("first")
-        ends = [self.outcome(self._run(BASE, base, "first", i)) for i in range(1, NOISE_RUNS + 1)]
+        most, is_known = int(self.row["pairs"]), bool(ledger.of("noise"))
+        numbers = range(1, self._noise_runs + 1)
+        ends = [self.outcome(self._run(BASE, base, "first", i)) for i in numbers]
         losses = [end.loss for end in ends if end.state == "complete"]
-        if len(losses) < min(NOISE_RUNS, most) or len(losses) < 2:
+        if len(losses) < self._noise_runs:
             return
         noise = float(np.std(np.log(losses), ddof=1))
         deviation = noise * math.sqrt(2)  # of a gain, if pairs of one seed share nothing
@@ -348,11 +356,12 @@ class Trial:
         shows = power(gain, deviation, most, self.needed("first")) if noise else None
         facts = {"share": shows.share if shows else 1.0, "median": shows.pairs if shows else 2}
         ledger.add("noise", attempt=number, noise=noise, runs=len(losses), **facts)
-        log(f"Noise of seeds: {noise:.2%} of the loss ({len(losses)} runs of the base).")
+        if not is_known:
+            log(f"Noise of seeds: {noise:.2%} of the loss ({len(losses)} runs of the base).")
         if shows is None:
             return
         runs, size = f"{most} pairs, {2 * most} runs", f"{self.row['gain']:.2%}"
-        log(f"With {runs}, a gain of {size} is found in {shows.share:.0%} of trials.")
+        log(f"{self.name}: with {runs}, a gain of {size} is found in {shows.share:.0%} of trials.")
         if shows.share < _SHARE:
             for pairs in (2 * most, 4 * most, 8 * most):
                 if power(gain, deviation, pairs, self.needed("first")).share >= _SHARE:

@@ -35,6 +35,8 @@ class TryJob(Job):
     # more arguments of both sides at a larger size, such as [model.width=128, train.tokens=4e7]; a
     # change that is better is tried there too
     larger: list[str] = key([], common=True)
+    # YAML file of many changes, each as NAME: [KEY=VALUE, ...]; the pairs go to the most promising
+    ideas: str | None = key(None, common=True)
     # arguments of the change; better written after `--`
     change: list[str] = key([])
     # the smallest gain that is worth having, as a share of the loss

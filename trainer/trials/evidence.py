@@ -31,7 +31,7 @@ from scipy.special import gammaln
 Array = NDArray[np.float64]
 EFFECTS = (0.5, 1.0, 2.0, 4.0, 8.0)  # standard deviations of a gain; each has the same prior
 _NODES = 400  # of the integral over the spread
-_ROUNDS = 60  # of a bisection
+_ROUNDS = 30  # of a bisection
 _WIDE = 50.0  # standard errors from the mean within which an end of an interval is looked for
 
 
@@ -114,7 +114,7 @@ class Power:
     pairs: int | None
 
 
-def power(gain: float, deviation: float, most: int, threshold: float, trials: int = 1000) -> Power:
+def power(gain: float, deviation: float, most: int, threshold: float, trials: int = 300) -> Power:
     """Return what `most` pairs show of a gain, by simulation. deviation: the standard deviation of
     a gain; threshold: the e-value that counts as shown."""
     draws = np.random.default_rng(0).standard_normal((trials, most)) + gain / deviation

@@ -20,6 +20,8 @@ from forescale.trials.verdict import LEVEL
 
 _COLOURS = {"better": "#2ca02c", "no better": "#7f7f7f"}
 _OPEN = "#1f77b4"
+_STAGES = {"first": "First seeds", "fresh": "Fresh seeds", "larger": "Larger size"}
+_SHADES = {"first": "#7f7f7f", "fresh": "#1f77b4", "larger": "#9467bd"}
 _FACTORS = ("compute", "seconds", "memory")
 
 
@@ -29,10 +31,11 @@ def write(campaign: Campaign, answers: Sequence[Answer], path: Path) -> None:
     base = " ".join(facts["base"]) or "the defaults of forescale train"
     counts = {word: sum(a.word == word for a in answers) for word in {a.word for a in answers}}
     intro = ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
+    plural = f"{len(answers)} trials" if len(answers) != 1 else "1 trial"
     lead: list[Cell] = [f"Base: {base}."]
     sections = [table_of(answers), _gains(answers), *(_trial(a) for a in answers), _log(campaign)]
     html = render(
-        title=f"Campaign {campaign.folder.name}", intro=f"{len(answers)} trials: {intro}.",
+        title=f"Campaign {campaign.folder.name}", intro=f"{plural}: {intro}.",
         lead=lead, sections=sections,
     )  # fmt: skip
     write_output(path, html.encode())
@@ -77,8 +80,11 @@ def _gains(answers: Sequence[Answer]) -> Section:
     if not counted:
         section.absent = "No trial has two pairs yet."
         return section
+    every = [x for a in counted if a.verdict for x in a.verdict.ends]
+    low, high = min(0.0, *every), max(0.0, *every)
+    room = 0.05 * (high - low)
     figure = chart.Figure(
-        chart.Axis("gain of the loss", percent=True, zero=True),
+        chart.Axis("gain of the loss", percent=True, zero=True, ends=(low - room, high + room)),
         chart.ordinal("", [str(a.row["name"]) for a in counted], down=True),
         height=90 + 34 * len(counted),
     )
@@ -104,7 +110,7 @@ def _trial(a: Answer) -> Section:
         *([key, f"{old} → {new}"] for key, (old, new) in a.row["keys"].items()),
         ["Answer", f"{a.word} ({a.why})"],
         ["Needed", f"an e-value of {a.row['threshold']:.4g}, as attempt {a.row['number']}"],
-        *([f"At {stage}", str(v)] for stage, v in a.verdicts.items()),
+        *([_STAGES[stage], str(v)] for stage, v in a.verdicts.items()),
         *([f"Factor of {noun}", str(f)] for noun, f in a.factors.items()),
     ]
     if a.predicted is not None:
@@ -121,7 +127,8 @@ def _trial(a: Answer) -> Section:
                 f"{stage}, pair {i - x[0] + 1}\n{gain:+.3%}"
                 for i, gain in zip(x, v.gains, strict=True)
             ]
-            figure.add(chart.dots(x.astype(float), np.array(v.gains), [_OPEN], texts))
+            figure.add(chart.dots(x.astype(float), np.array(v.gains), [_SHADES[stage]], texts))
+        section.key = [(_STAGES[stage], _SHADES[stage]) for stage in a.verdicts]
         section.pictures = [(f"pairs-{a.row['number']}", figure, "The gain of each pair.")]
     return section
 

@@ -41,15 +41,19 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 class Runner:
-    """Runs one trial. log: gets a line for each pair and each verdict."""
+    """Runs one trial. log: gets a line for each pair and each verdict; most: pairs, by default
+    those of the job, or of the trial if it has more."""
 
-    def __init__(self, trial: Trial, job: TryJob, log: Callable[[str], None]):
+    def __init__(
+        self, trial: Trial, job: TryJob, log: Callable[[str], None], most: int | None = None
+    ):
         self.trial, self.job, self.log = trial, job, log
         self.campaign = trial.campaign
         self.pool = Pool(self.campaign.folder / "logs", job.at_once, log, key="at_once", noun="run")
         self._crashes = Counter[str]()
         self._planned: dict[str, Planned] = {}
-        self._budget_is_spent = False
+        self.budget_is_spent = False
+        self.most = max(job.pairs, trial.row["pairs"]) if most is None else most
 
     def go(self) -> int:
         """Run until the trial is over, and return 0; 75 after a stop signal. Raises UserError for a
@@ -69,14 +73,13 @@ class Runner:
         return INTERRUPTED if self.pool.stop_signal is not None else DONE
 
     def _go_on(self) -> None:
-        most = max(self.job.pairs, self.trial.row["pairs"])
-        self.trial.settle(most, self.log)
-        planned_now = self.trial.planned(most)
+        self.trial.settle(self.most, self.log)
+        planned_now = self.trial.planned(self.most)
         self._planned |= {p.name: p for p in planned_now}
         needed = {p.name for p in planned_now}
         self.pool.stop([name for name in self.pool.running if name not in needed])
         for planned in planned_now:
-            if not self.pool.has_room or self._budget_is_spent:
+            if not self.pool.has_room or self.budget_is_spent:
                 return
             if planned.name in self.pool.running or self.trial.outcome(planned).state != "open":
                 continue
@@ -103,7 +106,7 @@ class Runner:
         )
         for name, limit, cost in limits:
             if limit is not None and cost > limit:
-                self._budget_is_spent = True
+                self.budget_is_spent = True
                 self.campaign.ledger.add("stopped", attempt=self.trial.row["number"], why=name)
                 rest = f"the next run would make it {cost:.4g}"
                 self.log(f"Stopping: budget.{name}={limit:.4g} is spent; {rest}.")

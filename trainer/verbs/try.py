@@ -13,6 +13,7 @@ from forescale.trials import page
 from forescale.trials.answer import answer, answers
 from forescale.trials.campaign import Campaign
 from forescale.trials.config import TryJob
+from forescale.trials.ideas import run_all
 from forescale.trials.running import Runner, alone
 
 JOB = TryJob
@@ -20,6 +21,7 @@ EXAMPLES = (
     "try window base=[experiment=first] -- model.mixer=window",
     "try window pairs=24   (go on, with more pairs)",
     "try norm larger=[model.width=128,train.tokens=4e7] -- model.norm=layernorm",
+    "try ideas=ideas.yaml campaign=week budget.flops=1e16   (many changes, the best get the pairs)",
     "try   (the trials of the campaign, and its page)",
 )
 
@@ -33,7 +35,7 @@ def main(words: list[str]) -> int:
     if at < len(words):
         job.change = [*job.change, *words[at + 1 :]]
     code = DONE
-    if job.name is None:
+    if job.name is None and job.ideas is None:
         if job.change:
             raise UserError("try", "needs a name for the change", "write forescale try NAME -- ...")
         campaign = Campaign(job.folder)
@@ -53,6 +55,8 @@ def _tried(job: TryJob) -> tuple[Campaign, int]:
     job.folder.mkdir(parents=True, exist_ok=True)
     with alone(job.folder):
         campaign = Campaign.opened(job)
+        if job.ideas is not None:
+            return campaign, run_all(campaign, job, log)
         trial = campaign.attempt(job)
         number, needed = trial.row["number"], trial.row["threshold"]
         _log(f"{trial.name} is attempt {number} of campaign {job.campaign}: better needs an "

@@ -21,12 +21,12 @@ def test_it_is_the_likelihood_ratio_of_the_t_statistic(n):
 def test_looking_after_each_pair_calls_at_most_alpha_of_null_changes_better():
     """Also with heavy tails: two runs that differ by their seeds alone have a symmetric gain."""
     rng = np.random.default_rng(0)
-    for gains in (rng.standard_normal((2000, 40)), rng.standard_t(2, (2000, 40))):
+    for gains in (rng.standard_normal((800, 30)), rng.standard_t(2, (800, 30))):
         assert (log_evidence(gains) >= math.log(20)).any(axis=1).mean() < 0.05
 
 
 def test_a_worse_change_is_called_better_less_often_than_a_null_one():
-    draws = np.random.default_rng(1).standard_normal((1000, 20))
+    draws = np.random.default_rng(1).standard_normal((400, 15))
     null, worse = log_evidence(draws), log_evidence(draws - 0.5)
     assert (worse.max(axis=1) <= null.max(axis=1) + 1e-9).mean() > 0.999
 
@@ -45,10 +45,10 @@ def test_one_gain_is_no_evidence_and_equal_losses_are_evidence_of_nothing():
 
 def test_the_interval_holds_the_mean_gain_at_every_time_together():
     rng, held = np.random.default_rng(3), 0
-    for _ in range(60):
+    for _ in range(40):
         low, high = interval(rng.standard_normal(10) + 1)
         held += low <= 1 <= high
-    assert held >= 50, "nominally 54 or more"
+    assert held >= 32, "nominally 36 or more"
 
 
 def test_power_says_how_many_pairs_a_gain_takes():

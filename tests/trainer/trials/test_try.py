@@ -1,7 +1,6 @@
 """`forescale try` from its question to its answer, with simulated runs."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,9 @@ def rows(kind):
     return Ledger(Path("campaigns/first/log.jsonl")).of(kind)
 
 
-def test_a_better_change_is_confirmed_by_fresh_seeds_and_worth_a_factor(tried):
+def test_a_better_change_is_confirmed_by_fresh_seeds_and_worth_a_factor(tried_with_runs):
     Simulated.gains = {"gelu": 0.03}
-    code, out, _ = tried("gelu", BASE, *GELU)
+    code, out, _ = tried_with_runs("gelu", BASE, *GELU)
     assert code == 0
     assert "gelu: better (confirmed by fresh seeds)." in out
     assert "Noise of seeds: 0." in out
@@ -97,7 +96,7 @@ def test_what_would_fool_it_is_refused_by_name(tried, monkeypatch):
 def test_a_run_that_was_deleted_changes_no_pair_and_is_not_drawn_again(tried):
     tried("gelu", BASE, "pairs=2", "gain=0.0001", *GELU)
     pairs = rows("pair")
-    shutil.rmtree("campaigns/first/runs/gelu-s2")
+    del Simulated.losses["gelu-s2"]
     tried("gelu", "pairs=3")
     assert rows("pair")[:2] == pairs
     assert Simulated.names[-2:] == ["base-s3", "gelu-s3"]
