@@ -56,7 +56,7 @@ def _tried(job: TryJob) -> tuple[Campaign, int]:
     with alone(job.folder):
         campaign = Campaign.opened(job)
         if job.ideas is not None:
-            return campaign, run_all(campaign, job, log)
+            return campaign, run_all(campaign, job, _log)
         trial = campaign.attempt(job)
         number, needed = trial.row["number"], trial.row["threshold"]
         _log(f"{trial.name} is attempt {number} of campaign {job.campaign}: better needs an "
