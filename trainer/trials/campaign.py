@@ -16,19 +16,20 @@ log before the next run begins; the same command goes on. An attempt counts howe
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from forescale.config.schema import plain
+from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
 from forescale.ground.storage import make_folder
-from forescale.models.config import ModelConfig
 from forescale.run.directory import Run
 from forescale.run.rows import Row
-from forescale.trials.config import TryJob
+from forescale.trials.config import BudgetKeys, TryJob
 from forescale.trials.evidence import power
 from forescale.trials.fairness import (
     Outcome,
@@ -40,6 +41,7 @@ from forescale.trials.fairness import (
     outcome,
     side,
     unfair,
+    unplanned,
     with_tokens,
 )
 from forescale.trials.ledger import Ledger
@@ -57,11 +59,14 @@ _SHARE = 0.8  # of trials in which a gain is called shown
 
 @dataclass(frozen=True)
 class Planned:
-    """A run that a trial needs. name: below runs/; words: of `train`; flops: what it costs."""
+    """A run that a trial needs. name: below runs/; words: of `train`; flops: what it costs; job:
+    the config that it must have, but for its seed."""
 
     name: str
     words: tuple[str, ...]
     flops: float
+    seed: int
+    job: TrainJob = field(compare=False)
 
 
 class Campaign:
@@ -92,6 +97,10 @@ class Campaign:
                 problem = f"the campaign has {name}={_list(facts[name])}"
                 todo = f"leave it out, or choose another campaign=NAME than {job.campaign}"
                 raise UserError(name, problem, todo)
+        if job.alpha not in (facts["alpha"], TryJob().alpha):
+            problem = f"is {facts['alpha']} for this campaign since it began"
+            raise UserError("alpha", problem, "leave it out, or begin another campaign=NAME")
+        campaign.expect_own_runs()
         if code_hash() != facts["code"]:
             problem = (
                 "the code of forescale has changed since the campaign began, so that new runs "
@@ -100,6 +109,17 @@ class Campaign:
             todo = "go back to that code, or begin another campaign=NAME"
             raise UserError(str(job.folder), problem, todo)
         return campaign
+
+    def expect_own_runs(self) -> None:
+        """Raise UserError for a run of a trial that isn't in the log, which has each trial before
+        its first run: the end of the log was cut off."""
+        known = {BASE, f"{BASE}-half", *(row["name"] for row in self.attempts)}
+        for path in sorted((self.folder / "runs").glob("*")):
+            match = re.fullmatch(r"(\w.*?)(-larger)?-s\d+", path.name)
+            if match and match[1] not in known:
+                problem = f"has no trial {match[1]}, but there is {path}: rows are missing"
+                todo = "restore the file from a copy, or move that run away"
+                raise UserError(str(self.ledger.path), problem, todo)
 
     @cached_property
     def base(self) -> Side:
@@ -139,12 +159,21 @@ class Campaign:
         runs = str((self.folder / "runs").absolute())
         return (*of_side, *scored, f"train.seed={seed}", f"run.root={runs}", f"run.name={name}")
 
+    def budget(self, keys: BudgetKeys) -> BudgetKeys:
+        """Return what the campaign may spend: the limits that a command gave last. New
+        ones are entered in the log."""
+        rows = self.ledger.of("budget")
+        before = rows[-1]["limits"] if rows else {}
+        limits = before | {k: v for k, v in plain(keys).items() if v is not None}
+        if limits != before:
+            self.ledger.add("budget", limits=limits)
+        return BudgetKeys(**limits)
+
     def spent(self) -> tuple[float, float, int]:
-        """Return FLOPs, seconds and number of all runs so far, whatever became of them."""
-        flops, seconds, count = 0.0, 0.0, 0
-        for row in self.ledger.of("ran"):
-            flops, seconds, count = flops + row["flops"], seconds + row["seconds"], count + 1
-        return flops, seconds, count
+        """Return FLOPs, seconds and number of all runs so far, whatever became of them. A run that
+        was resumed has rows of all its steps, so its last one counts."""
+        last = {row["name"]: row for row in self.ledger.of("ran")}.values()
+        return sum(row["flops"] for row in last), sum(row["seconds"] for row in last), len(last)
 
     def attempt(self, job: TryJob) -> "Trial":
         """Return the trial of a job, entered in the log if it is new. Raises UserError for a change
@@ -156,11 +185,16 @@ class Campaign:
             if job.change and job.change != row["change"]:
                 problem = f"is the trial of {_list(row['change'])}"
                 raise UserError(name, problem, "give the other change another name")
+            for key in ("gain", "equal"):
+                if getattr(job, key) not in (row[key], getattr(TryJob(), key)):
+                    problem = f"is {row[key]} for {name} since it began"
+                    raise UserError(key, problem, "leave it out; more pairs= are allowed")
             return Trial(self, row)
         if not job.change:
             problem = "is no trial of the campaign yet, so it needs a change"
             raise UserError(name, problem, f"write forescale try {name} -- KEY=VALUE")
-        if not _NAME.fullmatch(name) or name.partition("-")[0] == BASE:
+        taken = name.partition("-")[0] == BASE or name.endswith("-larger")
+        if taken or not _NAME.fullmatch(name):
             raise UserError(name, "is no name of a trial", "use letters, digits, -, _ and +")
         changed = changed_side(self.base, job.change, job.equal)
         keys = changes_of(self.base, changed)
@@ -249,26 +283,28 @@ class Trial:
         step = base.job.tokens_per_step
         tokens = max(1, base.tokens // 2 // step) * step
         words, runs = with_tokens(base.words, tokens), list[Planned]()
+        half = side(words)
         for seed in range(1, HALF_RUNS + 1):
             name = f"{BASE}-half-s{seed}"
-            flops = base.flops * tokens / base.tokens
-            runs.append(Planned(name, self.campaign.words(name, words, seed), flops))
+            run_words = self.campaign.words(name, words, seed)
+            runs.append(Planned(name, run_words, half.flops, seed, half.job))
         return runs
 
     def _run(self, name: str, of: Side, stage: Stage, number: int) -> Planned:
         seed = number + (_FRESH if stage == "fresh" else 0)
         full = f"{name}{'-larger' if stage == 'larger' else ''}-s{seed}"
-        return Planned(full, self.campaign.words(full, of.words, seed), of.flops)
+        return Planned(full, self.campaign.words(full, of.words, seed), of.flops, seed, of.job)
 
     def outcome(self, planned: Planned) -> Outcome:
-        """Return how a run ended."""
+        """Return how a run ended. Raises UserError if it isn't the planned one."""
         if planned.name not in self._ended:
-            model = self.campaign.base.job.model
-            size = model.vocab_size if isinstance(model, ModelConfig) else None
-            uniform = math.log(size) if size else math.inf
-            end = outcome(self.campaign.run(planned.name), uniform)
+            run = self.campaign.run(planned.name)
+            end = outcome(run, self.campaign.base.uniform)
             if end.state == "open":
                 return end
+            if problems := unplanned(run, planned.job, planned.seed):
+                problem = f"isn't the run of this trial: {'; '.join(problems[:3])}"
+                raise UserError(str(run.path), problem, "move it away, and repeat the command")
             self._ended[planned.name] = end
         return self._ended[planned.name]
 

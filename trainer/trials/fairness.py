@@ -8,6 +8,7 @@ sides had another text, order, compute, held-out text or code counts for nothing
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,7 @@ from typing import Any
 from forescale.config.compose import compose
 from forescale.config.frozen import diff
 from forescale.config.layers import LENGTHS
+from forescale.config.schema import display
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
@@ -24,7 +26,7 @@ from forescale.models.flops import flops_per_token
 from forescale.monitor.status import Status
 from forescale.run.directory import Run
 from forescale.run.rows import read_rows
-from forescale.run.start import open_sources, settle
+from forescale.run.start import open_sources, settle, versions
 
 # Keys that a change may not have, by why: they decide what is measured, or what a run costs.
 _REFUSED = {
@@ -35,23 +37,28 @@ _REFUSED = {
     "train.init_seed": "is set by the trial, alike for both sides",
     "train.sequence_length": "decides how much text is before a token that is scored",
     "run.": "names the run, which the trial does",
+    **dict.fromkeys(
+        ("outer.members", "outer.member", "outer.store"), "brings in what other runs train"
+    ),
     "faults": "damages a run on purpose",
     "callbacks": "is code that runs beside the training and could read or change anything",
     **dict.fromkeys(LENGTHS, "decides how long a run is; write equal=tokens or equal=flops"),
 }
-_SAME = 1e-3  # relative difference of two runs' compute or tokens that rounding to steps explains
+_SAME = 1e-3  # relative difference of two runs' compute or tokens that counts as none
 _SCORED = ("dataset", "targets", "windows", "bytes")
 
 
 @dataclass(frozen=True)
 class Side:
     """The base, or the change: words of `train` and what a run costs. job: composed and settled;
-    tokens: of a whole run; flops: of one, 0 for a class of the user's own."""
+    tokens: of a whole run; flops: of one, 0 for a class of the user's own; uniform: the loss of a
+    uniform guess."""
 
     words: tuple[str, ...]
     job: TrainJob
     tokens: int
     flops: float
+    uniform: float
 
 
 def side(words: Sequence[str]) -> Side:
@@ -61,12 +68,12 @@ def side(words: Sequence[str]) -> Side:
     if not composed.objective.is_next_token:
         problem = f"objective {composed.objective.kind} has another loss than that of next tokens"
         raise UserError("base", problem, "leave it out")
-    job = settle(composed, open_sources(composed.data))
-    tokens = job.total_steps * job.tokens_per_step
-    flops = 0.0
+    sources = open_sources(composed.data)
+    job = settle(composed, sources)
+    tokens, flops = job.total_tokens, 0.0
     if isinstance(job.model, ModelConfig):
         flops = tokens * flops_per_token(job.model, job.train.sequence_length, causal=True)
-    return Side(tuple(words), job, tokens, flops)
+    return Side(tuple(words), job, tokens, flops, math.log(sources.vocab_size))
 
 
 def joined(words: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
@@ -82,10 +89,12 @@ def with_tokens(words: Sequence[str], tokens: int) -> tuple[str, ...]:
 
 
 def changed_side(base: Side, change: Sequence[str], equal: str) -> Side:
-    """Return the side of a change, which costs as much as the base: as many FLOPs, or tokens.
+    """Return the side of a change, which costs as much as the base: as many FLOPs, or tokens,
+    rounded down to whole steps, so that no change trains longer.
 
-    Raises UserError for a key that a change may not have, for one that changes nothing, or for a
-    class of the user's own with equal=flops, whose compute isn't known.
+    Raises UserError for a key that a change may not have, for one that changes nothing, for a batch
+    that is more than the run, or for a class of the user's own with equal=flops, whose compute
+    isn't known.
     """
     for word in change:
         name = word.partition("=")[0].lstrip("+~")
@@ -102,14 +111,20 @@ def changed_side(base: Side, change: Sequence[str], equal: str) -> Side:
                 raise UserError(key, problem, "give the base this key, or leave it out")
     if not keys:
         raise UserError(" ".join(change), "changes nothing", "see forescale train --help")
-    if equal == "tokens":
-        return changed
-    if not (base.flops and changed.flops):
+    if equal == "flops" and not (base.flops and changed.flops):
         problem = "the compute of a model class of your own isn't known"
         raise UserError("equal", problem, "write equal=tokens")
-    tokens = int(base.flops / (changed.flops / changed.tokens))
-    step = changed.job.tokens_per_step
-    return side(with_tokens(words, max(1, round(tokens / step)) * step))
+    ratio = base.flops / changed.flops if equal == "flops" else base.tokens / changed.tokens
+    most, step = changed.tokens * ratio * (1 + _SAME), changed.job.tokens_per_step
+    if ratio > 1 + _SAME:  # cheaper than the base: it trains longer
+        changed = side(with_tokens(words, int(most)))
+    while changed.tokens > most:
+        tokens = min(int(most), changed.tokens - step)
+        if tokens < step:
+            problem = f"a step of {step:,} tokens is more than the {int(most):,} that it may have"
+            raise UserError(" ".join(change), problem, "lower train.global_batch, or a longer base")
+        changed = side(with_tokens(words, tokens))
+    return changed
 
 
 def changes_of(base: Side, changed: Side) -> dict[str, list[str]]:
@@ -146,6 +161,21 @@ def outcome(run: Run, uniform: float) -> Outcome:
     )  # fmt: skip
 
 
+def unplanned(run: Run, job: TrainJob, seed: int) -> list[str]:
+    """Return in what the frozen config of a run isn't the planned one; a sentence each. What a
+    run's own words set, and keys that can't move its weights or its score, aren't compared."""
+    frozen = Status(run).job
+    changes = [
+        f"{c.key} is {display(c.new)} where the trial plans {display(c.old)}"
+        for c in diff(job, frozen)
+        if c.key not in ("train.seed", "validation.every")
+        and (c.kind != "free" or c.key.split(".")[0] in ("data", "validation", "callbacks"))
+    ]
+    if frozen.train.seed != seed:
+        changes.append(f"train.seed is {frozen.train.seed} where the trial plans {seed}")
+    return changes
+
+
 def facts_of(run: Run, status: Status) -> dict[str, Any]:
     """Return what a run trained on and was scored on, what it took, and the hash of its order."""
     rows = read_rows(run.metrics, kind="train")
@@ -179,21 +209,22 @@ def unfair(base: dict[str, Any], changed: dict[str, Any], equal: str) -> list[st
     if alike and base["order"] != changed["order"]:
         problems.append("the same windows came in another order, or hold other tokens")
     much, other = base[equal], changed[equal]
-    step = changed["batch"] / max(changed["tokens"], 1)
-    if not much or abs(other / much - 1) > _SAME + step:
+    step = changed["batch"] / max(changed["tokens"], 1)  # less than one is lost by rounding
+    if not much or not -step < other / much - 1 + _SAME <= 2 * _SAME:
         problems.append(f"it had {other:.6g} {equal} where the base had {much:.6g}")
     return problems
 
 
 @cache
 def code_hash() -> str:
-    """Return the SHA-256 of the project's own code and configs, which train and score a run."""
+    """Return the SHA-256 of the project's own code and configs, and of the versions of the packages
+    that train and score a run."""
     root = Path(__file__).resolve().parents[1]
     tops = [root, *(root / name for name in ("models", "conf", "slurm"))]
     if not (root / "models").is_dir():  # a checkout, where they stand beside
         tops = [root, *(root.parent / name for name in ("models", "conf", "slurm"))]
     files = {p.resolve() for top in tops for kind in ("*.py", "*.yaml") for p in top.rglob(kind)}
-    total = hashlib.sha256()
+    total = hashlib.sha256(repr(versions()).encode())
     for path in sorted(files, key=str):
         total.update(hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()

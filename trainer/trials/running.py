@@ -18,7 +18,7 @@ from forescale.ground.errors import DONE, GAVE_UP, INTERRUPTED, USER, UserError
 from forescale.resilience.pool import Ended, Pool
 from forescale.run.rows import read_rows
 from forescale.trials.campaign import Planned, Trial
-from forescale.trials.config import BudgetKeys, TryJob
+from forescale.trials.config import TryJob
 
 _POLL = 0.2  # seconds between looks at processes
 _CRASHES = 3  # of one run, after which the trial stops
@@ -54,6 +54,7 @@ class Runner:
         self._planned: dict[str, Planned] = {}
         self.budget_is_spent = False
         self.most = max(job.pairs, trial.row["pairs"]) if most is None else most
+        self.budget = self.campaign.budget(job.budget)
 
     def go(self) -> int:
         """Run until the trial is over, and return 0; 75 after a stop signal. Raises UserError for a
@@ -96,7 +97,7 @@ class Runner:
 
     def _pays(self, planned: Planned) -> bool:
         """True if the campaign may still spend what a run costs; says so once if not."""
-        budget: BudgetKeys = self.job.budget
+        budget = self.budget
         flops, seconds, count = self.campaign.spent()
         under_way = [self._planned[name].flops for name in self.pool.running]
         limits = (
@@ -109,7 +110,8 @@ class Runner:
                 self.budget_is_spent = True
                 self.campaign.ledger.add("stopped", attempt=self.trial.row["number"], why=name)
                 rest = f"the next run would make it {cost:.4g}"
-                self.log(f"Stopping: budget.{name}={limit:.4g} is spent; {rest}.")
+                todo = f"to go on, write a larger budget.{name}="
+                self.log(f"Stopping: budget.{name}={limit:.4g} is spent; {rest}; {todo}.")
                 return False
         return True
 
@@ -123,9 +125,15 @@ class Runner:
             "ran", attempt=self.trial.row["number"], name=end.name, code=end.code, why=end.why,
             flops=flops, seconds=seconds,
         )  # fmt: skip
-        if quietly or end.code in (DONE, INTERRUPTED):
+        if quietly or end.code == INTERRUPTED:
             return
-        halted = self.trial.outcome(self._planned[end.name]).state == "diverged"
+        state = self.trial.outcome(self._planned[end.name]).state
+        if end.code == DONE and state == "open":  # it would start again for ever
+            problem, todo = "ended without a held-out loss of its last step", "give the base one"
+            raise UserError(end.name, problem, f"{todo}; see {self.pool.logs / end.name}.log")
+        if end.code == DONE:
+            return
+        halted = state == "diverged"
         self._crashes[end.name] += 1
         gave_up = end.code in (USER, GAVE_UP) or self._crashes[end.name] >= _CRASHES
         if gave_up and not halted:

@@ -81,4 +81,5 @@ def tried(monkeypatch, tried_with_runs):
     monkeypatch.setattr(Simulated, "makes_runs", False)
     for module in (campaign, answer):
         monkeypatch.setattr(module, "outcome", simulated_outcome)
+    monkeypatch.setattr(campaign, "unplanned", lambda run, job, seed: [])
     return tried_with_runs

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from forescale.trials import campaign as module
+from forescale.trials.fairness import Outcome
 from forescale.trials.ledger import Ledger
+from tests.trainer.scaling.fake_training import train
 from tests.trainer.trials.conftest import BASE, Simulated
 
 GELU = ("--", "model.mlp=gelu")
@@ -44,7 +46,7 @@ def test_a_null_change_is_no_better_and_a_small_one_not_yet_known_until_it_has_m
     _, out, _ = tried("relu", "pairs=3", "--", "model.mlp=relu2")
     assert "relu: not yet known (more pairs can tell)." in out
     before = len(rows("pair"))
-    _, out, _ = tried("relu", "pairs=40", "gain=0.001")
+    _, out, _ = tried("relu", "pairs=40")
     assert "relu: better" in out
     assert len(rows("pair")) > before
     assert [row["number"] for row in rows("attempt")] == [1, 2]
@@ -73,6 +75,10 @@ def test_what_would_fool_it_is_refused_by_name(tried, monkeypatch):
         (("longer", "--", "train.tokens=9999"), "train.tokens"),
         (("easy", "--", "data.path=/tmp"), "data.path"),
         (("base-x", "--", "model.mlp=relu2"), "is no name"),
+        (("base", "--", "model.mlp=relu2"), "is no name"),
+        (("new-larger", "--", "model.mlp=relu2"), "is no name"),
+        (("gelu", "gain=0.3"), "gain: is 0.01"),
+        (("gelu", "alpha=0.3"), "alpha: is 0.05"),
         (("new",), "needs a change"),
     ):
         code, _, err = tried(*words)
@@ -102,13 +108,49 @@ def test_a_run_that_was_deleted_changes_no_pair_and_is_not_drawn_again(tried):
     assert Simulated.names[-2:] == ["base-s3", "gelu-s3"]
 
 
+def test_a_run_put_there_by_hand_and_a_log_cut_at_its_end_are_refused(tried_with_runs):
+    tried_with_runs("gelu", BASE, "pairs=2", "gain=0.0001", *GELU)
+    words = [
+        *BASE[len("base=[") : -1].split(","),
+        "model.mlp=gelu",
+        "run.root=campaigns/first/runs",
+    ]
+    train([*words, "train.steps=400", "train.seed=3", "run.name=gelu-s3"], 2.0)
+    code, _, err = tried_with_runs("gelu", "pairs=3")
+    assert code == 2
+    assert "gelu-s3: isn't the run of this trial: train.steps is 400" in err
+    assert len(rows("pair")) == 2
+    log = Path("campaigns/first/log.jsonl")
+    lines = log.read_text().splitlines()
+    log.write_text(lines[0] + "\n")
+    code, _, err = tried_with_runs("again", *GELU)
+    assert code == 2
+    assert "has no trial gelu, but there is campaigns/first/runs/gelu-s1" in err
+
+
+def test_a_run_without_a_score_stops_the_trial(tried, monkeypatch):
+    """And doesn't start again for ever."""
+    monkeypatch.setattr(module, "outcome", lambda run, uniform: Outcome("open", uniform, {}))
+    code, _, err = tried("gelu", BASE, *GELU)
+    assert code == 2
+    assert "base-s1: ended without a held-out loss of its last step" in err
+    assert Simulated.names == ["base-s1"]
+
+
 def test_a_budget_is_hard_and_what_failed_counts(tried):
     _, out, _ = tried("gelu", BASE, "budget.runs=5", "gain=0.0001", *GELU)
     assert len(Simulated.names) == 5
     assert "Stopping: budget.runs=5 is spent" in out
     assert "not yet known" in out
+    _, out, _ = tried("relu", "--", "model.mlp=relu2")
+    assert "Stopping: budget.runs=5 is spent" in out, "it holds for later commands too"
+    assert len(Simulated.names) == 5
+    campaign = module.Campaign(Path("campaigns/first"))
+    spent, row = campaign.spent(), campaign.ledger.of("ran")[0]
+    campaign.ledger.add("ran", **{k: row[k] for k in ("attempt", "name", "flops", "seconds")})
+    assert campaign.spent() == spent, "a run that was resumed is one run"
     Simulated.codes = {"relu-s1": 2}
-    code, _, err = tried("relu", "--", "model.mlp=relu2")
+    code, _, err = tried("relu", "budget.runs=99")
     assert code == 2
     assert "relu-s1: optimizer: is refused" in err
     assert len(rows("attempt")) == 2
