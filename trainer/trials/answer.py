@@ -82,8 +82,11 @@ def _word(trial: Trial, verdicts: Mapping[Stage, Verdict]) -> tuple[str, str]:
         return "better", "not confirmed by fresh seeds yet"
     if first == "no better":
         return first, f"a gain of {trial.row['gain']:.2%} or more is ruled out"
+    why = str(stops[-1]["why"]) if stops else ""
+    if why in ("flops", "seconds", "runs"):
+        return "not yet known", f"budget.{why} is spent; write a larger one to go on"
     if stops and not verdicts:
-        return "stopped", str(stops[-1]["why"])
+        return "stopped", why
     return "not yet known", "more pairs can tell"
 
 

@@ -84,12 +84,17 @@ class Campaign:
         """Return the campaign of a job, begun if it wasn't. Raises UserError for another base, for
         a base that `train` refuses, or for code that isn't the campaign's."""
         path = job.folder / "log.jsonl"
+        if not _NAME.fullmatch(job.campaign):
+            todo = "use letters, digits, -, _ and +; campaigns=DIR says where it is"
+            raise UserError("campaign", f"{job.campaign!r} is no name", todo)
         if not path.exists():
             settings = {"base": job.base, "larger": job.larger, "alpha": job.alpha}
             make_folder(job.folder)
             for words in (job.base, joined(job.base, job.larger)):
                 side(words)
             Ledger(path).add("campaign", code=code_hash(), **settings)
+            base = " ".join(job.base) or "the defaults of forescale train (write base=[KEY=VALUE])"
+            print(f"Campaign {job.campaign} begins. Its base: {base}.", flush=True)
         campaign = cls(job.folder)
         facts = campaign.ledger.rows[0]
         for name, value in (("base", job.base), ("larger", job.larger)):
@@ -102,10 +107,8 @@ class Campaign:
             raise UserError("alpha", problem, "leave it out, or begin another campaign=NAME")
         campaign.expect_own_runs()
         if code_hash() != facts["code"]:
-            problem = (
-                "the code of forescale has changed since the campaign began, so that new runs "
-            )
-            problem += "and its earlier ones can't be compared"
+            problem = "the code of forescale has changed since the campaign began, so that new "
+            problem += "runs and its earlier ones can't be compared"
             todo = "go back to that code, or begin another campaign=NAME"
             raise UserError(str(job.folder), problem, todo)
         return campaign

@@ -4,8 +4,10 @@
     no better    the gain is below the smallest one worth having: that e-value has passed 1 / alpha
 
 The threshold of attempt k of a campaign is k (k + 1) / (alpha (d + 1)), where d attempts before it
-were better: the false discovery rate of the whole campaign is at most alpha, however many attempts
-it has, whatever they share, whenever one stops (e-LOND, Xu and Ramdas 2024, arXiv 2311.06412).
+were better. If no change is better, the chance that any is called so is at most alpha, whatever the
+attempts share: a sum over attempts. That at most a share of alpha of the better ones is luck is
+proven where attempts share no runs (e-LOND, Xu and Ramdas 2024, arXiv 2311.06412); ours share those
+of the base, of which the manual has a simulation.
 
 Invariant: a pure function of the gains in the order of their seeds.
 """

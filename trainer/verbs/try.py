@@ -6,6 +6,8 @@ import math
 
 from forescale.config.compose import compose
 from forescale.config.job import overrides_of
+from forescale.config.schema import hints
+from forescale.config.train import TrainJob
 from forescale.ground.console import open_console
 from forescale.ground.document import tell
 from forescale.ground.errors import DONE, UserError
@@ -31,6 +33,11 @@ def main(words: list[str]) -> int:
     `not yet known`; 75 after a stop signal."""
     at = words.index("--") if "--" in words else len(words)
     overrides = overrides_of(TryJob, words[:at])
+    for word in overrides:
+        name = word.partition("=")[0].lstrip("+~")
+        if name.partition(".")[0] in {*hints(TrainJob), "experiment"} - {*hints(TryJob)}:
+            todo = f"write it after two dashes: forescale try NAME -- {word}"
+            raise UserError(name, "is a key of forescale train, so it is part of the change", todo)
     job = compose(TryJob, overrides)
     if at < len(words):
         job.change = [*job.change, *words[at + 1 :]]

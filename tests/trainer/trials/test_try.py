@@ -80,6 +80,8 @@ def test_what_would_fool_it_is_refused_by_name(tried, monkeypatch):
         (("gelu", "gain=0.3"), "gain: is 0.01"),
         (("gelu", "alpha=0.3"), "alpha: is 0.05"),
         (("new",), "needs a change"),
+        (("new", "model.mlp=relu2"), "-- model.mlp=relu2"),
+        (("new", "campaign=../x", "--", "model.mlp=relu2"), "is no name"),
     ):
         code, _, err = tried(*words)
         assert code == 2, words
