@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from forescale.run.rows import Row
-from forescale.trials.campaign import BASE, HALF_RUNS, STAGES, Campaign, Stage, Trial
+from forescale.trials.campaign import BASE, Campaign
 from forescale.trials.effect import Factor, compute_factor, product, ratio, slope_of
 from forescale.trials.fairness import outcome
+from forescale.trials.trial import HALF_RUNS, STAGES, Stage, Trial
 from forescale.trials.verdict import Verdict
 
 

@@ -39,6 +39,10 @@ class TryJob(Job):
     ideas: str | None = key(None, common=True)
     # arguments of the change; better written after `--`
     change: list[str] = key([])
+    # directory with a changed copy of your own code, whose classes the base or the change names
+    worktree: str | None = None
+    # changes of your own code in the working directory, as `git diff` writes them
+    patch: str | None = None
     # the smallest gain that is worth having, as a share of the loss
     gain: float = key(0.01, gt=0, lt=1, common=True)
     pairs: int = key(12, ge=2, common=True)  # most pairs of runs

@@ -88,13 +88,13 @@ def with_tokens(words: Sequence[str], tokens: int) -> tuple[str, ...]:
     return joined(words, [f"train.tokens={tokens}"])
 
 
-def changed_side(base: Side, change: Sequence[str], equal: str) -> Side:
+def changed_side(base: Side, change: Sequence[str], equal: str, has_code: bool = False) -> Side:
     """Return the side of a change, which costs as much as the base: as many FLOPs, or tokens,
     rounded down to whole steps, so that no change trains longer.
 
     Raises UserError for a key that a change may not have, for one that changes nothing, for a batch
     that is more than the run, or for a class of the user's own with equal=flops, whose compute
-    isn't known.
+    isn't known. has_code: the change has code of its own, so that no key need differ.
     """
     for word in change:
         name = word.partition("=")[0].lstrip("+~")
@@ -109,7 +109,7 @@ def changed_side(base: Side, change: Sequence[str], equal: str) -> Side:
             if key == refused or (refused.endswith(".") and key.startswith(refused)):
                 problem = f"the change sets it, and it {why}"
                 raise UserError(key, problem, "give the base this key, or leave it out")
-    if not keys:
+    if not keys and not has_code:
         raise UserError(" ".join(change), "changes nothing", "see forescale train --help")
     if equal == "flops" and not (base.flops and changed.flops):
         problem = "the compute of a model class of your own isn't known"

@@ -18,9 +18,10 @@ from pathlib import Path
 from forescale.config.frozen import read_yaml
 from forescale.ground.errors import DONE, UserError
 from forescale.ground.foreign import read_bytes
-from forescale.trials.campaign import Campaign, Trial
+from forescale.trials.campaign import Campaign
 from forescale.trials.config import TryJob
 from forescale.trials.running import Runner
+from forescale.trials.trial import Trial, entered
 
 _FIRST = 2  # pairs of each idea in the first round
 
@@ -44,7 +45,7 @@ def run_all(campaign: Campaign, job: TryJob, log: Callable[[str], None]) -> int:
     trials = list[Trial]()
     for name, words in read_ideas(Path(job.ideas or "").expanduser()).items():
         try:
-            trials.append(campaign.attempt(replace(job, name=name, change=words)))
+            trials.append(entered(campaign, replace(job, name=name, change=words)))
         except UserError as e:
             log(f"{name} is left out: {e}")
     dropped = {row["attempt"] for row in campaign.ledger.of("aside")}
@@ -99,7 +100,7 @@ def _together(
     name, total = "+".join(trial.name for trial in better), 0.0
     words = [word for trial in better for word in trial.row["change"]]
     try:
-        both = campaign.attempt(replace(job, name=name, change=words))
+        both = entered(campaign, replace(job, name=name, change=words))
     except UserError as e:
         log(f"The better ones can't be tried together: {e}")
         return DONE

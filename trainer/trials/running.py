@@ -17,8 +17,9 @@ from forescale.config.target import CELL
 from forescale.ground.errors import DONE, GAVE_UP, INTERRUPTED, USER, UserError
 from forescale.resilience.pool import Ended, Pool
 from forescale.run.rows import read_rows
-from forescale.trials.campaign import Planned, Trial
+from forescale.trials.campaign import Planned
 from forescale.trials.config import TryJob
+from forescale.trials.trial import Trial
 
 _POLL = 0.2  # seconds between looks at processes
 _CRASHES = 3  # of one run, after which the trial stops
@@ -86,7 +87,7 @@ class Runner:
                 continue
             if not self._pays(planned):
                 return
-            self.pool.start(planned.name, [*planned.words, CELL])
+            self.pool.start(planned.name, [*planned.words, CELL], folder=planned.folder)
 
     def _stop_rest(self) -> None:
         self.pool.stop(self.pool.running)

@@ -17,6 +17,7 @@ from forescale.trials.campaign import Campaign
 from forescale.trials.config import TryJob
 from forescale.trials.ideas import run_all
 from forescale.trials.running import Runner, alone
+from forescale.trials.trial import entered
 
 JOB = TryJob
 EXAMPLES = (
@@ -24,6 +25,7 @@ EXAMPLES = (
     "try window pairs=24   (go on, with more pairs)",
     "try norm larger=[model.width=128,train.tokens=4e7] -- model.norm=layernorm",
     "try ideas=ideas.yaml campaign=week budget.flops=1e16   (many changes, the best get the pairs)",
+    "try mine worktree=changed base=[model._target_=mine.Model] equal=tokens   (code of your own)",
     "try   (the trials of the campaign, and its page)",
 )
 
@@ -64,7 +66,7 @@ def _tried(job: TryJob) -> tuple[Campaign, int]:
         campaign = Campaign.opened(job)
         if job.ideas is not None:
             return campaign, run_all(campaign, job, _log)
-        trial = campaign.attempt(job)
+        trial = entered(campaign, job)
         number, needed = trial.row["number"], trial.row["threshold"]
         _log(f"{trial.name} is attempt {number} of campaign {job.campaign}: better needs an "
             f"e-value of {needed:.4g}.")  # fmt: skip

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from forescale.trials import campaign as module
+from forescale.trials import trial
 from forescale.trials.fairness import Outcome
 from forescale.trials.ledger import Ledger
 from tests.trainer.scaling.fake_training import train
@@ -132,7 +133,7 @@ def test_a_run_put_there_by_hand_and_a_log_cut_at_its_end_are_refused(tried_with
 
 def test_a_run_without_a_score_stops_the_trial(tried, monkeypatch):
     """And doesn't start again for ever."""
-    monkeypatch.setattr(module, "outcome", lambda run, uniform: Outcome("open", uniform, {}))
+    monkeypatch.setattr(trial, "outcome", lambda run, uniform: Outcome("open", uniform, {}))
     code, _, err = tried("gelu", BASE, *GELU)
     assert code == 2
     assert "base-s1: ended without a held-out loss of its last step" in err
