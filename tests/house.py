@@ -29,12 +29,12 @@ BANNED = {
 # A change that needs more lines lets others go, or raises the number here and says in its commit
 # which lines it looked at.
 BUDGETS = {
-    "lines of source": 92_454,
-    "lines of tests": 72_989,
+    "lines of source": 92_740,
+    "lines of tests": 73_130,
     "lines of the largest room": 16_500,  # scaling/; every other one is below 9,000
     "names that name nothing": 0,
     "file names that occur twice below a room": 0,
-    "arrows between rooms": 130,
+    "arrows between rooms": 133,
 }
 SHORT = 80  # lines; a file as short that only one other imports belongs into that one
 
