@@ -62,7 +62,7 @@ ALLOWED = {
         "pages config scaling.config scaling.fitting scaling.forecasting scaling.analysis "
         "scaling.design scaling.study scaling.report"
     ),
-    "trials": "pages models config data run resilience monitor train inference",
+    "trials": "pages models config data run resilience monitor train inference slurm",
     "verbs": (
         "trials config data engine run resilience checkpoint monitor train drill inference "
         "inspection serving plan rehearsal slurm scaling.config scaling.study scaling.actions"

@@ -1,4 +1,4 @@
-"""A study in the queue: job arrays, a branch that waits for its trunk, a killed launcher."""
+"""Studies and trials in the queue: arrays, a branch that waits for its trunk, killed commands."""
 
 import sys
 from pathlib import Path
@@ -50,3 +50,20 @@ def test_a_study_in_the_queue_outlives_its_launcher(job, lab, dataset):
     (attempt,) = study.run(branch.name).attempts()
     assert attempt.parent.step == branch.trunk_step
     assert branch.trunk in str(attempt.parent.checkpoint)
+
+
+def test_a_trial_in_the_queue_goes_on_where_its_command_was_stopped(job, lab, dataset):
+    job.root.parent.mkdir(exist_ok=True)
+    base = [*OF_ALL, f"data.path={dataset}", "train.steps=4", "train.sequence_length=32"]
+    options = f"[{','.join([*OF_JOBS, f'slurm.scratch={lab.scratch}'])}]"
+    words = ["try", "gelu", f"base=[{','.join(base)}]", "pairs=2", "slurm=lab", "at_once=4"]
+    words += [f"submit={options}", "--", "model.mlp=gelu"]
+    command = [sys.executable, "-P", "-m", "forescale", *words]
+    keys = {"cwd": job.root.parent, "env": {"OMP_NUM_THREADS": "1"}}
+    lab.run("timeout", "-s", "INT", "20", *command, check=False, **keys)
+    printed = lab.run(*command, **keys, seconds=300)
+    assert "gelu, first seeds, pair 2: " in printed
+    campaign = job.root.parent / "campaigns/first"
+    submitted = [path.read_text() for path in sorted((campaign / "waves").glob("*.txt"))]
+    for name in ("base-s1", "base-s2", "gelu-s1", "gelu-s2"):
+        assert sum(f"run.name={name}" in text for text in submitted) == 1, "once, by one of both"

@@ -51,6 +51,9 @@ class TryJob(Job):
     # chance that a campaign without any better change calls one better
     alpha: float = key(0.05, gt=0, lt=0.5)
     at_once: int = key(1, ge=1, common=True)  # number of runs at the same time
+    # slurm=CHOICE of `forescale submit` to queue the runs with, as arrays; null: run them here
+    slurm: str | None = None
+    submit: list[str] = key([])  # with slurm: more arguments of `forescale submit`
     budget: BudgetKeys = section(BudgetKeys)  # what the campaign may spend
     # the HTML file to write; null: campaigns/CAMPAIGN/report.html
     to: str | None = None

@@ -19,6 +19,7 @@ from forescale.resilience.pool import Ended, Pool
 from forescale.run.rows import read_rows
 from forescale.trials.campaign import Planned
 from forescale.trials.config import TryJob
+from forescale.trials.queued import QueuePool
 from forescale.trials.trial import Trial
 
 _POLL = 0.2  # seconds between looks at processes
@@ -50,7 +51,12 @@ class Runner:
     ):
         self.trial, self.job, self.log = trial, job, log
         self.campaign = trial.campaign
-        self.pool = Pool(self.campaign.folder / "logs", job.at_once, log, key="at_once", noun="run")
+        folder, options = self.campaign.folder, [f"slurm={job.slurm}", *job.submit]
+        self.pool: Pool | QueuePool = (
+            Pool(folder / "logs", job.at_once, log, key="at_once", noun="run")
+            if job.slurm is None
+            else QueuePool(folder, job.at_once, options, log)
+        )
         self._crashes = Counter[str]()
         self._planned: dict[str, Planned] = {}
         self.budget_is_spent = False
@@ -100,7 +106,8 @@ class Runner:
         """True if the campaign may still spend what a run costs; says so once if not."""
         budget = self.budget
         flops, seconds, count = self.campaign.spent()
-        under_way = [self._planned[name].flops for name in self.pool.running]
+        known = (self._planned.get(name) for name in self.pool.running)
+        under_way = [one.flops for one in known if one is not None]
         limits = (
             ("flops", budget.flops, flops + sum(under_way) + planned.flops),
             ("seconds", budget.seconds, seconds),
@@ -126,9 +133,10 @@ class Runner:
             "ran", attempt=self.trial.row["number"], name=end.name, code=end.code, why=end.why,
             flops=flops, seconds=seconds,
         )  # fmt: skip
-        if quietly or end.code == INTERRUPTED:
+        planned = self._planned.get(end.name)  # None: of another trial, in the queue since then
+        if quietly or end.code == INTERRUPTED or planned is None:
             return
-        state = self.trial.outcome(self._planned[end.name]).state
+        state = self.trial.outcome(planned).state
         if end.code == DONE and state == "open":  # it would start again for ever
             problem, todo = "ended without a held-out loss of its last step", "give the base one"
             raise UserError(end.name, problem, f"{todo}; see {self.pool.logs / end.name}.log")
