@@ -66,7 +66,8 @@ def batch(step: int, rank: int, size: int, micro_batches: int = 4) -> Batch:
 
 def groups(model: nn.Module, optimizer: str) -> list[dict]:
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    muon = [p for n, p in named if optimizer == "muon" and n in ("up.weight", "down.weight")]
+    is_muon = optimizer.startswith("muon")
+    muon = [p for n, p in named if is_muon and n in ("up.weight", "down.weight")]
     rest = [p for _, p in named if all(p is not m for m in muon)]
     parts = [("muon", muon, True, 0.1, 0.02)]
     parts += [("decay", [p for p in rest if p.ndim > 1], False, 0.1, 3e-3)]
@@ -82,10 +83,13 @@ SETTINGS = {"betas": (0.9, 0.95), "eps": 1e-8, "momentum": 0.95}  # of a plain l
 
 
 def settings(optimizer: str) -> OptimizerConfig:
-    """The same, as a config."""
+    """The same, as a config; a second word, cautious, is of its decay."""
+    optimizer, _, word = optimizer.partition(" ")
     muon = {"adam_learning_rate": 3e-3} if optimizer == "muon" else {}
     cls: type[Any] = OPTIMIZERS[optimizer]
-    config: OptimizerConfig = cls(learning_rate=3e-4, beta1=0.9, beta2=0.95, **muon)
+    config: OptimizerConfig = cls(
+        learning_rate=3e-4, beta1=0.9, beta2=0.95, cautious_decay=bool(word), **muon
+    )
     return config
 
 

@@ -8,13 +8,14 @@ from tests.distributed import ranks, small
 pytestmark = pytest.mark.distributed
 
 STEPS = 20
-KINDS = ("adamw", "lion", "muon")
+KINDS = ("adamw", "lion", "muon", "adamw cautious", "muon cautious")
 CASES = [[stage, kind, "fp32", 2.0, False] for stage in range(4) for kind in KINDS]
 OFFLOAD = [[stage, kind, "fp32", 2.0, True] for stage in (1, 2, 3) for kind in ("adamw", "muon")]
 
 
 def plain_losses(kind: str, clip: float) -> list[list[float]]:
     """The same training without DeepSpeed, ranks or micro-batches: whole batches, one process."""
+    kind, _, is_cautious = kind.partition(" ")
     torch.manual_seed(0)
     model = small.Model()
     groups = small.groups(model, kind)
@@ -35,13 +36,28 @@ def plain_losses(kind: str, clip: float) -> list[list[float]]:
         loss.backward()
         trained = [p for p in model.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(trained, clip)
+        olds = [[p.detach().clone() for p in group["params"]] for group in rest.param_groups]
+        decays = [group["weight_decay"] for group in rest.param_groups]
+        for group in rest.param_groups if is_cautious else []:
+            group["weight_decay"] = 0.0
         rest.step()
         with torch.no_grad():
             for p, momentum in zip(muon, momenta, strict=True):
-                p.mul_(1 - 0.02 * 0.1 * left).sub_(0.02 * orthogonal_update(p.grad, momentum))
+                old = p.clone()
+                p.sub_(0.02 * orthogonal_update(p.grad, momentum))
+                p.sub_(0.02 * 0.1 * left * decayed(old, p, is_cautious))
+            for group, of_group, decay in zip(rest.param_groups, olds, decays, strict=True):
+                for p, old in zip(group["params"], of_group, strict=True) if is_cautious else []:
+                    p.sub_(group["lr"] * decay * decayed(old, p, True))
         model.zero_grad()
         rows.append([loss.item(), norm.item()])
     return rows
+
+
+def decayed(old: torch.Tensor, new: torch.Tensor, is_cautious: bool | str) -> torch.Tensor:
+    """The weights that decay: all, or those that the update moved towards zero (Chen et al. 2025,
+    arXiv 2510.12402)."""
+    return old * (((old - new) * old > 0) | (not is_cautious))
 
 
 class Lion:

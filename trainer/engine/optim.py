@@ -63,7 +63,12 @@ def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> An
     Raises UserError if a class of the user's own can't be built.
     """
     module, _, name = config.build.rpartition(".")
-    return getattr(importlib.import_module(module), name)(config, groups)
+    optimizer = getattr(importlib.import_module(module), name)(config, groups)
+    if config.cautious_decay:
+        from forescale.engine.optimizers.cautious import decay_cautiously  # imports torch
+
+        decay_cautiously(optimizer)
+    return optimizer
 
 
 _TABLES = re.compile(r"\w*embed\w*|wte|(\w+_)?head|unembed\w*|vocabulary")
@@ -106,7 +111,7 @@ def parameter_groups(
     for name, parameter in trained.items():
         if optimizer.matrices and name in matrices:
             kind, rates = "muon", (optimizer.learning_rate, optimizer.weight_decay, eps_of_all)
-            group = Group("muon", optimizer.matrices, *rates)
+            group = Group("muon", _of_config(optimizer, optimizer.matrices), *rates)
         else:
             by = (factors or {}).get(name, Factors(""))
             is_decayed = len(shape_of(parameter)) > 1 and not _matches(_POSITIONS, name)
@@ -118,11 +123,16 @@ def parameter_groups(
             eps = eps_of_all * by.epsilon
             name_of_part = ("tables" if is_table else "scalars") if part else ""
             name_of_group = "_".join(filter(None, (kind, by.of, name_of_part)))
-            group = Group(name_of_group, optimizer.update, rate, decay, eps)
+            group = Group(name_of_group, _of_config(optimizer, optimizer.update), rate, decay, eps)
         group = groups[kind].setdefault(group.name, group)
         group.names.append(name)
         group.params.append(parameter)
     return [group for of_kind in groups.values() for group in of_kind.values()]
+
+
+def _of_config(optimizer: OptimizerConfig, update: Update) -> Update:
+    """Return an update with what the config adds: cautious decay copies the weights before it."""
+    return replace(update, scratch=update.scratch + 1) if optimizer.cautious_decay else update
 
 
 def divided_groups(groups: list[Group], experts: Collection[str], parts: int) -> list[Group]:

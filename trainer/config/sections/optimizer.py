@@ -74,6 +74,9 @@ class OptimizerConfig:
     # weight decay at the end, as a fraction of weight_decay, which changes linearly from the first
     # step on; 1: it stays
     final_weight_decay: float = key(1.0, ge=0)
+    # a weight decays only where its update moves it towards zero; costs a copy of the weights that
+    # are updated at once
+    cautious_decay: bool = False
     clip: float | None = key(1.0, gt=0)  # maximum norm of the gradient; null: no clipping
     # peak learning rate of embeddings, head and other tables; null: learning_rate, with Muon
     # adam_learning_rate
