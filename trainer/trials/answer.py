@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from forescale.run.rows import Row
-from forescale.trials.campaign import BASE, Campaign
+from forescale.trials.campaign import Campaign
 from forescale.trials.effect import Factor, compute_factor, product, ratio, slope_of
-from forescale.trials.fairness import outcome
 from forescale.trials.trial import HALF_RUNS, STAGES, Stage, Trial
 from forescale.trials.verdict import Verdict
 
@@ -64,7 +63,7 @@ def answer(trial: Trial) -> Answer:
     predictions = campaign.ledger.of("prediction", attempt=number)
     quoted = verdicts.get("fresh") or verdicts.get("first")
     at_size = [row for stage in ("first", "fresh") for row in pairs.get(stage, [])]
-    factors = _factors(campaign, quoted, at_size) if quoted else {}
+    factors = _factors(trial, quoted, at_size) if quoted else {}
     predicted = predictions[-1] if predictions else None
     return Answer(trial.row, word, why, verdicts, factors, flops, predicted)
 
@@ -91,11 +90,11 @@ def _word(trial: Trial, verdicts: Mapping[Stage, Verdict]) -> tuple[str, str]:
     return "not yet known", "more pairs can tell"
 
 
-def _factors(campaign: Campaign, v: Verdict, pairs: list[Row]) -> dict[str, Factor]:
+def _factors(trial: Trial, v: Verdict, pairs: list[Row]) -> dict[str, Factor]:
     seconds, memory = ratio(pairs, "seconds"), ratio(pairs, "memory")
     factors = {"memory": memory} if memory else {}
-    runs = [campaign.run(f"{BASE}-half-s{seed}") for seed in range(1, HALF_RUNS + 1)]
-    half = [end.loss for run in runs if (end := outcome(run, math.inf)).state == "complete"]
+    ends = [trial.outcome(planned) for planned in trial.halves()]
+    half = [end.loss for end in ends if end.state == "complete"]
     full = {row["seed"]: row["base"]["loss"] for row in pairs if row["base"]["state"] == "complete"}
     if len(half) < HALF_RUNS or len(full) < HALF_RUNS:
         return factors

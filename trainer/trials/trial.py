@@ -157,7 +157,7 @@ class Trial:
         also the base at half its compute. most: pairs."""
         stage = self.stage
         if stage is None:
-            return self._halves()
+            return self.halves()
         base, changed = self.sides(stage)
         runs = list[Planned]()
         first = self._noise_runs if stage == "first" else 0
@@ -168,7 +168,8 @@ class Trial:
             runs += halves if i % 2 else halves[::-1]  # neither is always the first on the machine
         return list(dict.fromkeys(runs))
 
-    def _halves(self) -> list[Planned]:
+    def halves(self) -> list[Planned]:
+        """Return the runs of the base at half its compute, which only a better change needs."""
         if self.word("first") != "better":
             return []
         base = self.campaign.base

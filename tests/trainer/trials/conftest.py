@@ -7,7 +7,7 @@ import pytest
 
 from forescale import cli
 from forescale.resilience import pool
-from forescale.trials import answer, running, trial
+from forescale.trials import running, trial
 from forescale.trials.fairness import Outcome
 from tests.trainer.scaling.fake_training import FakeSubprocess, FakeTraining, name_of
 
@@ -79,7 +79,6 @@ def tried_with_runs(monkeypatch, tmp_path, capsys):
 def tried(monkeypatch, tried_with_runs):
     """The same without files of runs, which take most of the time."""
     monkeypatch.setattr(Simulated, "makes_runs", False)
-    for module in (trial, answer):
-        monkeypatch.setattr(module, "outcome", simulated_outcome)
+    monkeypatch.setattr(trial, "outcome", simulated_outcome)
     monkeypatch.setattr(trial, "unplanned", lambda run, job, seed: [])
     return tried_with_runs

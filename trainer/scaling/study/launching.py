@@ -171,15 +171,15 @@ class LocalLauncher(Launcher):
         self._words = [CELL] if keys.trust else [CELL, STORED]
         ranks = study.plan.common.ranks
         self._pool = Pool(study.folder / "logs", keys.at_once, log, ranks=ranks)
-        self._fault: str | None = None
+        self._fault: UserError | None = None
 
     @property
     def stop_signal(self) -> int | None:
         return self._pool.stop_signal
 
     def go(self) -> int:
-        """Run until nothing is left and return 0; 75 after a stop signal; 2 if a cell reported an
-        error of the user's."""
+        """Run until nothing is left and return 0; 75 after a stop signal. Raises UserError, once no
+        cell runs, if one reported an error of the user's, or if nothing could be decided."""
         with self._pool.stopping():
             self._go_on()
             while self._pool.running:
@@ -187,8 +187,7 @@ class LocalLauncher(Launcher):
                 if self._reap():
                     self._go_on()
         if self._fault:
-            print(f"forescale: {self._fault}", file=sys.stderr)
-            return USER
+            raise self._fault
         return INTERRUPTED if self.stop_signal is not None else DONE
 
     def _go_on(self) -> None:
@@ -198,7 +197,7 @@ class LocalLauncher(Launcher):
         try:
             self.advance()
         except UserError as e:
-            self._fault = str(e)
+            self._fault = e
 
     def running(self) -> Collection[str]:
         return self._pool.running
@@ -235,7 +234,8 @@ class LocalLauncher(Launcher):
             self.log(summary(self.study, state) + self._left())
             if end.code == USER and state.status != "diverged":
                 where = self.study.folder / "logs" / f"{end.name}.log"
-                self._fault = f"{end.name}: {end.why or f'see {where}'}"
+                problem = end.why.rstrip(".") or "ended with an error"
+                self._fault = UserError(end.name, problem, f"see {where}")
         return bool(ends)
 
 

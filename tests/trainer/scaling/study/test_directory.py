@@ -105,7 +105,7 @@ def test_an_error_of_the_users_ends_the_launch_with_its_message(little, fake_tra
     run, folder = little
     fake_training.codes["r0"] = 2
     assert run("launch") == 2
-    assert "r0: optimizer: is refused; choose another." in capsys.readouterr().err
+    assert "r0: optimizer: is refused; choose another; see " in capsys.readouterr().err
     assert len(fake_training.started) == 1, "nothing was started after it"
     assert state(folder, "r0").status == "failed"
     del fake_training.codes["r0"]
