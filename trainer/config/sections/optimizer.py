@@ -8,7 +8,7 @@ because plans run on login nodes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from forescale.config.schema import TargetConfig, key
 
@@ -92,7 +92,8 @@ class OptimizerConfig:
     def scaled(self, factor: float) -> Self:
         """Return it with its peak learning rates times a factor, to three digits."""
         rates = {"learning_rate": self.learning_rate, **self.other_rates}
-        return replace(self, **{name: _rounded(rate * factor) for name, rate in rates.items()})
+        scaled: dict[str, Any] = {name: _rounded(rate * factor) for name, rate in rates.items()}
+        return replace(self, **scaled)
 
     @property
     def other_rates(self) -> dict[str, float]:
