@@ -122,7 +122,7 @@ def measure() -> tuple[dict[str, int], dict[str, list[str]]]:
     lonely = [p for p in paths if len(importers[p]) == 1 and lines(p) < SHORT]
     twice = repeated(paths)
     numbers = {
-        "lines of source": 92_912sum(by_room.values()),
+        "lines of source": sum(by_room.values()),
         "lines of tests": sum(map(lines, tests)),
         "lines of the largest room": max(by_room.values()),
         "files of source": len(paths),
