@@ -85,7 +85,8 @@ def _word(trial: Trial, verdicts: Mapping[Stage, Verdict]) -> tuple[str, str]:
     why = str(stops[-1]["why"]) if stops else ""
     if why in ("flops", "seconds", "runs"):
         return "not yet known", f"budget.{why} is spent; write a larger one to go on"
-    if stops and not verdicts:
+    pairs = trial.campaign.ledger.of("pair", attempt=trial.row["number"])
+    if stops and not (pairs and pairs[-1]["time"] > stops[-1]["time"]):
         return "stopped", why
     return "not yet known", "more pairs can tell"
 

@@ -10,6 +10,7 @@
 Invariant: all trials of a campaign have the same base, code and alpha, from its first row on.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from forescale.config.schema import plain
+from forescale.config.frozen import decisive
+from forescale.config.schema import display, plain
 from forescale.config.target import targets
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
@@ -67,9 +69,10 @@ class Campaign:
             raise UserError("campaign", f"{job.campaign!r} is no name", todo)
         if not path.exists():
             settings: dict[str, Any] = {"base": job.base, "larger": job.larger, "alpha": job.alpha}
+            first, larger = _whole(job.base), _whole(joined(job.base, job.larger))
+            settings["config"], settings["larger_config"] = _config(first), _config(larger)
             make_folder(job.folder)
-            side(joined(job.base, job.larger))
-            if targets(side(job.base).job):
+            if targets(first.job):
                 settings["own_code"] = copy_code(Path.cwd(), job.folder / "code" / BASE)
             Ledger(path).add("campaign", code=code_hash(), **settings)
             base = " ".join(job.base) or "the defaults of forescale train (write base=[KEY=VALUE])"
@@ -90,7 +93,24 @@ class Campaign:
             problem += "runs and its earlier ones can't be compared"
             todo = "go back to that code, or begin another campaign=NAME"
             raise UserError(str(job.folder), problem, todo)
+        campaign.expect_own_config()
         return campaign
+
+    def expect_own_config(self) -> None:
+        """Raise UserError if the words of the base mean another config than when the campaign
+        began: a config file that they name was changed."""
+        facts = self.ledger.rows[0]
+        for name, of in (("config", self.base), ("larger_config", self.larger)):
+            before, now = facts.get(name), _config(of) if of else None
+            if before is None or now is None:  # a campaign of an older version; no larger size
+                continue
+            keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+            if keys:
+                key = keys[0]
+                problem = f"is {display(now.get(key))} in the base today, and was "
+                problem += f"{display(before.get(key))} when the campaign began"
+                todo = "restore the config file that the base names, or begin another campaign=NAME"
+                raise UserError(key, problem, todo)
 
     def expect_own_runs(self) -> None:
         """Raise UserError for a run of a trial that isn't in the log, which has each trial before
@@ -106,9 +126,7 @@ class Campaign:
     @cached_property
     def base(self) -> Side:
         """The base at its own size."""
-        words = self.ledger.rows[0]["base"]
-        first = side(words)
-        return side(with_tokens(words, first.tokens))
+        return _whole(self.ledger.rows[0]["base"])
 
     @cached_property
     def larger(self) -> Side | None:
@@ -116,8 +134,7 @@ class Campaign:
         facts = self.ledger.rows[0]
         if not facts["larger"]:
             return None
-        words = joined(facts["base"], facts["larger"])
-        return side(with_tokens(words, side(words).tokens))
+        return _whole(joined(facts["base"], facts["larger"]))
 
     @property
     def alpha(self) -> float:
@@ -160,13 +177,37 @@ class Campaign:
             self.ledger.add("budget", limits=limits)
         return BudgetKeys(**limits)
 
-    def spent(self) -> tuple[float, float, int]:
-        """Return FLOPs, seconds and number of all runs so far, whatever became of them. A run that
-        was resumed has rows of all its steps, so its last one counts."""
-        last = {row["name"]: row for row in self.ledger.of("ran")}.values()
+    def spent(self, but: Sequence[str] = ()) -> tuple[float, float, int]:
+        """Return FLOPs, seconds and number of all runs so far, whatever became of them, but for
+        those that are named. A run that was resumed has rows of all its steps, so its last one
+        counts."""
+        rows = (row for row in self.ledger.of("ran") if row["name"] not in but)
+        last = {row["name"]: row for row in rows}.values()
         return sum(row["flops"] for row in last), sum(row["seconds"] for row in last), len(last)
+
+
+def _whole(words: Sequence[str]) -> Side:
+    """Return a side with its length in tokens among its words."""
+    return side(with_tokens(words, side(words).tokens))
+
+
+def _config(of: Side) -> dict[str, Any]:
+    """Return the keys of a side that decide what it computes, as JSON has them."""
+    keys: dict[str, Any] = json.loads(json.dumps(decisive(of.job), default=str))
+    return keys
 
 
 def in_brackets(words: Sequence[str]) -> str:
     """Return words as one would type them."""
     return f"[{', '.join(words)}]"
+
+
+def expect_campaign(job: TryJob) -> None:
+    """Raise UserError for a campaign that hasn't begun and has no base, where there are others: its
+    name may be mistyped."""
+    others = sorted(path.parent.name for path in job.folder.parent.glob("*/log.jsonl"))
+    if others and not job.base and job.campaign not in others:
+        problem = f"there is no campaign {job.campaign} in {job.campaigns}, but "
+        problem += f"{', '.join(others[:5])}{', ...' if len(others) > 5 else ''}"
+        todo = "choose one of them, or give the new one a base=[KEY=VALUE, ...]"
+        raise UserError("campaign", problem, todo)

@@ -106,10 +106,9 @@ def _least(x: Array, level: float) -> float:
 
 @dataclass(frozen=True)
 class Power:
-    """What so many pairs can show. share: of trials with this gain that end with better; pairs:
+    """What so many pairs can show of a gain. share: of trials that end with better; pairs:
     those that a trial takes in the median, None where half of the trials don't end."""
 
-    gain: float
     share: float
     pairs: int | None
 
@@ -121,4 +120,4 @@ def power(gain: float, deviation: float, most: int, threshold: float, trials: in
     passes = log_evidence(draws) >= math.log(threshold)
     first = np.where(passes.any(axis=1), passes.argmax(axis=1) + 1, most + 1)
     median = int(np.median(first))
-    return Power(gain, float(passes.any(axis=1).mean()), median if median <= most else None)
+    return Power(float(passes.any(axis=1).mean()), median if median <= most else None)

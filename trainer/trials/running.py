@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from forescale.config.target import CELL
 from forescale.ground.errors import DONE, GAVE_UP, INTERRUPTED, USER, UserError
 from forescale.resilience.pool import Ended, Pool
+from forescale.run.directory import Run
 from forescale.run.rows import read_rows
 from forescale.trials.campaign import Planned
 from forescale.trials.config import TryJob
@@ -23,6 +24,7 @@ from forescale.trials.queued import QueuePool
 from forescale.trials.trial import Trial
 
 _POLL = 0.2  # seconds between looks at processes
+_LOOK = 5.0  # seconds between looks at the time that runs under way have spent
 _CRASHES = 3  # of one run, after which the trial stops
 
 
@@ -57,7 +59,7 @@ class Runner:
             if job.slurm is None
             else QueuePool(folder, job.at_once, options, log)
         )
-        self._crashes = Counter[str]()
+        self._crashes, self._next_look = Counter[str](), 0.0
         self._planned: dict[str, Planned] = {}
         self.budget_is_spent = False
         self.most = max(job.pairs, trial.row["pairs"]) if most is None else most
@@ -71,12 +73,14 @@ class Runner:
                 self._go_on()
                 while self.pool.running:
                     time.sleep(_POLL)
+                    self._keep_to_seconds()
                     if ends := self.pool.ended():
                         for end in ends:
                             self._enter(end)
                         self._go_on()
-            except UserError:
+            except UserError as e:
                 self._stop_rest()
+                self._enter_stop(str(e))
                 raise
         return INTERRUPTED if self.pool.stop_signal is not None else DONE
 
@@ -115,20 +119,38 @@ class Runner:
         )
         for name, limit, cost in limits:
             if limit is not None and cost > limit:
-                self.budget_is_spent = True
-                self.campaign.ledger.add("stopped", attempt=self.trial.row["number"], why=name)
-                rest = f"the next run would make it {cost:.4g}"
-                todo = f"to go on, write a larger budget.{name}="
-                self.log(f"Stopping: budget.{name}={limit:.4g} is spent; {rest}; {todo}.")
+                self._end_of_budget(name, limit, f"the next run would make it {cost:.4g}")
                 return False
         return True
+
+    def _keep_to_seconds(self) -> None:
+        """Stop the runs under way once the campaign has spent its seconds with them."""
+        limit, now = self.budget.seconds, time.monotonic()
+        if limit is None or self.budget_is_spent or now < self._next_look:
+            return
+        self._next_look = now + _LOOK
+        spent = self.campaign.spent(but=self.pool.running)[1]
+        spent += sum(_spent(self.campaign.run(name))[1] for name in self.pool.running)
+        if spent > limit:
+            self._end_of_budget("seconds", limit, f"with the runs under way it is {spent:.4g}")
+            self.pool.stop(self.pool.running)
+
+    def _end_of_budget(self, name: str, limit: float, why: str) -> None:
+        self.budget_is_spent = True
+        self._enter_stop(name)
+        todo = f"to go on, write a larger budget.{name}="
+        self.log(f"Stopping: budget.{name}={limit:.4g} is spent; {why}; {todo}.")
+
+    def _enter_stop(self, why: str) -> None:
+        """Enter in the log why the trial stopped, once for the same reason."""
+        number, ledger = self.trial.row["number"], self.campaign.ledger
+        if why not in [row["why"] for row in ledger.of("stopped", attempt=number)[-1:]]:
+            ledger.add("stopped", attempt=number, why=why)
 
     def _enter(self, end: Ended, quietly: bool = False) -> None:
         """Enter a run that ended in the log. Raises UserError if it can't be had."""
         run = self.campaign.run(end.name)
-        rows = read_rows(run.metrics, kind="train") if run.config.is_file() else []
-        flops = float(rows[-1].get("flops_causal") or 0.0) if rows else 0.0
-        seconds = sum(sum((row.get("seconds") or {}).values()) for row in rows)
+        flops, seconds = _spent(run)
         self.campaign.ledger.add(
             "ran", attempt=self.trial.row["number"], name=end.name, code=end.code, why=end.why,
             flops=flops, seconds=seconds,
@@ -148,5 +170,11 @@ class Runner:
         if gave_up and not halted:
             problem = end.why or f"it ended with code {end.code}"
             todo = f"see {self.pool.logs / end.name}.log; the attempt counts"
-            self.campaign.ledger.add("stopped", attempt=self.trial.row["number"], why=problem)
             raise UserError(end.name, problem.rstrip("."), todo)
+
+
+def _spent(run: Run) -> tuple[float, float]:
+    """Return the FLOPs and seconds of a run so far, in all its attempts."""
+    rows = read_rows(run.metrics, kind="train") if run.config.is_file() else []
+    flops = float(rows[-1].get("flops_causal") or 0.0) if rows else 0.0
+    return flops, sum(sum((row.get("seconds") or {}).values()) for row in rows)

@@ -13,7 +13,7 @@ from forescale.ground.document import tell
 from forescale.ground.errors import DONE, UserError
 from forescale.trials import page
 from forescale.trials.answer import answer, answers
-from forescale.trials.campaign import Campaign
+from forescale.trials.campaign import Campaign, expect_campaign
 from forescale.trials.config import TryJob
 from forescale.trials.ideas import run_all
 from forescale.trials.running import Runner, alone
@@ -61,6 +61,7 @@ def main(words: list[str]) -> int:
 
 def _tried(job: TryJob) -> tuple[Campaign, int]:
     """Run the trial of a job; return its campaign, and the exit code."""
+    expect_campaign(job)
     job.folder.mkdir(parents=True, exist_ok=True)
     with alone(job.folder):
         campaign = Campaign.opened(job)

@@ -118,6 +118,17 @@ def test_a_changed_copy_is_tried_and_both_sides_are_judged(code, tried, monkeypa
     rows = Ledger(Path("campaigns/first/log.jsonl")).of("judged")
     assert len(rows) == len({row["name"] for row in rows}), "each run once"
 
+    def leaks(run, folder):
+        raise UserError(str(run.path), "sees the tokens that it is to predict", "mend it")
+
+    monkeypatch.setattr(trial, "judged", leaks)
+    (changed / "mine.py").write_text(MODEL.replace("16", "32"))
+    words = ("ahead", f"worktree={changed}", "equal=tokens")
+    assert [tried(*words)[0] for _ in range(2)] == [2, 2]
+    stops = Ledger(Path("campaigns/first/log.jsonl")).of("stopped")
+    assert [row["attempt"] for row in stops] == [2], "in the log, once"
+    assert "stopped" in tried()[1]
+
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("text", "fault"), [(MODEL, ""), (LIES, ""), (LEAKS, "sees the tokens")])

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from forescale.ground.errors import INTERRUPTED
 from forescale.trials import campaign as module
-from forescale.trials import trial
+from forescale.trials import running, trial
 from forescale.trials.fairness import Outcome
 from forescale.trials.ledger import Ledger
 from tests.trainer.scaling.fake_training import train
@@ -161,6 +162,51 @@ def test_a_budget_is_hard_and_what_failed_counts(tried):
     code, out, _ = tried()
     assert code == 0
     assert "stopped" in out
+
+
+def test_runs_under_way_stop_when_the_seconds_are_spent(tried, monkeypatch):
+    """They save and end, and a larger budget lets them go on."""
+    stopped = list[str]()
+
+    def poll(self):
+        return self._code if self._code or not is_slow else None
+
+    def send_signal(self, number):
+        stopped.append(self.names[-1])
+        self._code = INTERRUPTED
+
+    is_slow = True
+    monkeypatch.setattr(Simulated, "poll", poll)
+    monkeypatch.setattr(Simulated, "send_signal", send_signal)
+    monkeypatch.setattr(running, "_LOOK", 0.0)
+    monkeypatch.setattr(running, "_spent", lambda run: (1e6, 50.0))
+    code, out, _ = tried("gelu", BASE, "budget.seconds=49", *GELU)
+    assert code == 0
+    assert "budget.seconds=49 is spent; with the runs under way it is 50;" in out
+    assert (len(stopped), len(rows("stopped")), len(rows("pair"))) == (1, 1, 0)
+    is_slow = False
+    _, out, _ = tried("gelu", "budget.seconds=1e9")
+    assert "gelu: no better" in out
+
+
+def test_the_base_of_a_campaign_is_what_it_was(tried, tmp_path, monkeypatch):
+    """Also where its words name a config file, which anybody may edit."""
+    choice = tmp_path / "conf" / "experiment" / "mine.yaml"
+    choice.parent.mkdir(parents=True)
+    text = "# @package _global_\noptimizer:\n  learning_rate: {}\n"
+    monkeypatch.setenv("FORESCALE_CONF", str(tmp_path / "conf"))
+    choice.write_text(text.format(0.01))
+    base = BASE.replace("]", ",experiment=mine]")
+    assert tried("gelu", base, *GELU)[0] == 0
+    choice.write_text(text.format(0.02))
+    code, _, err = tried("relu", "--", "model.mlp=relu2")
+    assert code == 2
+    assert "optimizer.learning_rate: is 0.02 in the base today, and was 0.01" in err
+    assert len(rows("attempt")) == 1
+    code, _, err = tried("gelu", "campaign=frist", *GELU)
+    assert code == 2
+    assert "there is no campaign frist in campaigns, but first" in err
+    assert not Path("campaigns/frist").exists()
 
 
 def test_a_diverged_run_counts_as_a_uniform_guess(tried):
