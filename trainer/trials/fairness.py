@@ -9,7 +9,7 @@ sides had another text, order, compute, held-out text or code counts for nothing
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from forescale.config.compose import compose
 from forescale.config.frozen import diff
 from forescale.config.layers import LENGTHS
-from forescale.config.schema import display
+from forescale.config.schema import ConfigError, display
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
@@ -101,7 +101,7 @@ def changed_side(base: Side, change: Sequence[str], equal: str, has_code: bool =
         for refused, why in _REFUSED.items():
             if name == refused or name == refused.rstrip(".") or name.startswith(refused):
                 raise UserError(name, f"{why}, so a change can't have it", "leave it out")
-    words = with_tokens([*base.words, *change], base.tokens)
+    words = with_tokens([*_held(base.words, change), *change], base.tokens)
     changed = side(words)
     keys = [c.key for c in diff(base.job, changed.job) if c.key not in LENGTHS]
     for key in keys:  # a choice of a group can change it too
@@ -127,11 +127,36 @@ def changed_side(base: Side, change: Sequence[str], equal: str, has_code: bool =
     return changed
 
 
+def _held(words: Sequence[str], change: Sequence[str]) -> list[str]:
+    """Return the base's words without keys of a choice that the change replaces, where the new
+    choice has no such key: the momentum of optimizer=muon in a trial of optimizer=adamw."""
+    try:
+        compose(TrainJob, [*words, *change])
+    except ConfigError as e:
+        lost = {problem.key for problem in e.problems}
+        chosen = {word.partition("=")[0] for word in change}
+        lost = {key for key in lost if any(key.startswith(f"{name}.") for name in chosen)}
+        return [w for w in words if w.partition("=")[0] not in lost]
+    return [*words]
+
+
 def changes_of(base: Side, changed: Side) -> dict[str, list[str]]:
     """Return what the change changes: each key with its old and new value, as texts."""
     return {
         c.key: [str(c.old), str(c.new)] for c in diff(base.job, changed.job) if c.key not in LENGTHS
     }
+
+
+def unwritten(keys: Mapping[str, Sequence[str]], change: Sequence[str]) -> str:
+    """Return what a change changes though no word of it says so: values of another choice's file,
+    such as the weight decay of optimizer=adamw. keys: of changes_of; "" if there are none."""
+    words = {word.partition("=")[0] for word in change}
+    others = [
+        f"{key} {old} -> {new}"
+        for key, (old, new) in keys.items()
+        if "None" not in (old, new) and key not in words and key.removesuffix(".kind") not in words
+    ]
+    return ", ".join(others)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from forescale.ground.errors import DONE, UserError
 from forescale.ground.foreign import read_bytes
 from forescale.trials.campaign import Campaign
 from forescale.trials.config import TryJob
+from forescale.trials.fairness import unwritten
 from forescale.trials.running import Runner
 from forescale.trials.trial import Trial, entered
 
@@ -46,6 +47,8 @@ def run_all(campaign: Campaign, job: TryJob, log: Callable[[str], None]) -> int:
     for name, words in read_ideas(Path(job.ideas or "").expanduser()).items():
         try:
             trials.append(entered(campaign, replace(job, name=name, change=words)))
+            if others := unwritten(trials[-1].row["keys"], words):
+                log(f"{name}: beside what you wrote it changes {others}.")
         except UserError as e:
             log(f"{name} is left out: {e}")
     dropped = {row["attempt"] for row in campaign.ledger.of("aside")}

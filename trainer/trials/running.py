@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from forescale.config.target import CELL
+from forescale.ground.console import span
 from forescale.ground.errors import DONE, GAVE_UP, INTERRUPTED, USER, UserError
 from forescale.resilience.pool import Ended, Pool
 from forescale.run.directory import Run
@@ -60,6 +61,8 @@ class Runner:
             else QueuePool(folder, job.at_once, options, log)
         )
         self._crashes, self._next_look = Counter[str](), 0.0
+        self._started: dict[str, float] = {}  # when each run of this command began
+        self._took: list[float] = []  # seconds of those that are complete
         self._planned: dict[str, Planned] = {}
         self.budget_is_spent = False
         self.most = max(job.pairs, trial.row["pairs"]) if most is None else most
@@ -97,6 +100,7 @@ class Runner:
                 continue
             if not self._pays(planned):
                 return
+            self._started[planned.name] = time.monotonic()
             self.pool.start(planned.name, [*planned.words, CELL], folder=planned.folder)
 
     def _stop_rest(self) -> None:
@@ -105,6 +109,14 @@ class Runner:
             time.sleep(_POLL)
             for end in self.pool.ended():
                 self._enter(end, quietly=True)
+
+    def _tell(self, name: str) -> None:
+        """Say that a run is complete, and how long the stage takes if it needs all its pairs."""
+        self._took.append(time.monotonic() - self._started.get(name, time.monotonic()))
+        left = sum(self.trial.outcome(one).state == "open" for one in self.trial.planned(self.most))
+        rest = span(left * sum(self._took) / len(self._took) / self.job.at_once)
+        most = f"at most {left} more runs, {rest}" if left else "the last of this stage"
+        self.log(f"{name} took {span(self._took[-1])}; {most}.")
 
     def _pays(self, planned: Planned) -> bool:
         """True if the campaign may still spend what a run costs; says so once if not."""
@@ -163,6 +175,7 @@ class Runner:
             problem, todo = "ended without a held-out loss of its last step", "give the base one"
             raise UserError(end.name, problem, f"{todo}; see {self.pool.logs / end.name}.log")
         if end.code == DONE:
+            self._tell(end.name)
             return
         halted = state == "diverged"
         self._crashes[end.name] += 1

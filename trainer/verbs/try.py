@@ -15,13 +15,14 @@ from forescale.trials import page
 from forescale.trials.answer import answer, answers
 from forescale.trials.campaign import Campaign, expect_campaign
 from forescale.trials.config import TryJob
+from forescale.trials.fairness import unwritten
 from forescale.trials.ideas import run_all
 from forescale.trials.running import Runner, alone
 from forescale.trials.trial import entered
 
 JOB = TryJob
 EXAMPLES = (
-    "try window base=[experiment=first] -- model.mixer=window",
+    "try window base=[experiment=first] -- model.mixer=window model.mixer.window=64",
     "try window pairs=24   (go on, with more pairs)",
     "try norm larger=[model.width=128,train.tokens=4e7] -- model.norm=layernorm",
     "try ideas=ideas.yaml campaign=week budget.flops=1e16   (many changes, the best get the pairs)",
@@ -71,6 +72,8 @@ def _tried(job: TryJob) -> tuple[Campaign, int]:
         number, needed = trial.row["number"], trial.row["threshold"]
         _log(f"{trial.name} is attempt {number} of campaign {job.campaign}: better needs an "
             f"e-value of {needed:.4g}.")  # fmt: skip
+        if others := unwritten(trial.row["keys"], trial.row["change"]):
+            _log(f"Beside what you wrote it changes {others}.")
         code = Runner(trial, job, _log).go()
         a = answer(trial)
         _log(f"{trial.name}: {a.word} ({a.why}).")

@@ -3,7 +3,7 @@
 import pytest
 
 from forescale.ground.errors import UserError
-from forescale.trials.fairness import changed_side, changes_of, side, unfair
+from forescale.trials.fairness import changed_side, changes_of, side, unfair, unwritten
 
 WORDS = ["data=bytes", "train.steps=40", "train.sequence_length=32", "model.width=32"]
 
@@ -52,6 +52,17 @@ def test_what_a_change_changes_is_named_and_nothing_is_refused(base):
     assert changes_of(base, changed)["model.mlp.kind"] == ["swiglu", "gelu"]
     with pytest.raises(UserError, match="changes nothing"):
         changed_side(base, ["model.mlp=swiglu"], "flops")
+
+
+def test_another_choice_does_without_the_keys_of_the_one_it_replaces():
+    words = [*WORDS, "optimizer=muon", "optimizer.momentum=0.9", "optimizer.beta2=0.99"]
+    changed = changed_side(side(words), ["optimizer=adamw"], "flops")
+    assert "optimizer.momentum=0.9" not in changed.words
+    assert changed.job.optimizer.beta2 == 0.99, "which adamw has too, as the base's"
+    others = unwritten(changes_of(side(words), changed), ["optimizer=adamw"])
+    assert others == "optimizer.learning_rate 0.02 -> 0.004, optimizer.weight_decay 0.0 -> 0.1"
+    with pytest.raises(UserError, match=r"optimizer\.nonsense"):
+        changed_side(side(words), ["optimizer.nonsense=1"], "flops")
 
 
 FACTS = {

@@ -25,6 +25,8 @@ def test_a_better_change_is_confirmed_by_fresh_seeds_and_worth_a_factor(tried_wi
     code, out, _ = tried_with_runs("gelu", BASE, *GELU)
     assert code == 0
     assert "gelu: better (confirmed by fresh seeds)." in out
+    assert "base-s1 took " in out
+    assert "; at most 23 more runs, " in out, "of 12 pairs"
     assert "Noise of seeds: 0." in out
     assert "Factor of compute" in out
     first, fresh = (
