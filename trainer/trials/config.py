@@ -41,7 +41,7 @@ class TryJob(Job):
     change: list[str] = key([])
     # directory with a changed copy of your own code, whose classes the base or the change names
     worktree: str | None = None
-    # changes of your own code in the working directory, as `git diff` writes them
+    # changes of your own code in the working directory, as `git diff --relative` writes them
     patch: str | None = None
     # the smallest gain that is worth having, as a share of the loss
     gain: float = key(0.01, gt=0, lt=1, common=True)

@@ -8,6 +8,7 @@ of a package. Invariant: a copy never changes after its hash is in the log, as t
 """
 
 import hashlib
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -70,10 +71,16 @@ def _apply(patch: Path, folder: Path) -> None:
     if shutil.which("git") is None:
         raise UserError("patch", "needs git, which isn't installed", "install it, or worktree=DIR")
     command = ["git", "apply", "--whitespace=nowarn", str(patch.resolve())]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    # In a repository of the user's, git would take the paths from its root, and skip those that
+    # aren't below this folder, without a word.
+    outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.resolve().parent)}
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=False, env=outside
+    )
     if done.returncode:
         problem = f"can't be applied: {' '.join(done.stderr.split())[:300]}"
-        todo = "make it by `git diff` in the directory of this command; it may change your own code"
+        todo = "make it by `git diff --relative` in the directory of this command; it may change "
+        todo += "your own code"
         raise UserError(str(patch), problem, todo)
 
 

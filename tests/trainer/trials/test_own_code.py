@@ -75,8 +75,9 @@ def test_a_patch_changes_the_copy_and_no_file_outside(code, tmp_path):
     patch = tmp_path / "change.diff"
     patch.write_text(text.replace("a/before/mine.py", "a/mine.py"))
     (code / "mine.py").write_text(MODEL)
-    copy_code(code, tmp_path / "copy", patch)
-    assert (tmp_path / "copy/mine.py").read_text() == LIES
+    subprocess.run(["git", "init", "-q"], cwd=code, check=True)  # as most users' code is in one
+    copy_code(code, code / "campaigns/copy", patch)
+    assert (code / "campaigns/copy/mine.py").read_text() == LIES
     patch.write_text(patch.read_text().replace("mine.py", "../mine.py"))
     with pytest.raises(UserError, match="can't be applied"):
         copy_code(code, tmp_path / "other", patch)
