@@ -138,7 +138,8 @@ def test_every_command_line_of_a_block_is_one(path):
         if verb == "submit" and rest[0] in ("train", "eval"):
             rest = rest[1:]
         if verb == "import":
-            rest = [f"path={rest[1]}", *rest[2:]]
+            path, *rest = rest[rest[:1] == ["hf"] :]
+            rest = [f"path={path}", *rest]
         if rest[:1] == ["show"]:
             rest = ["text", "output=none"]
         if verb == "study" and not any(word.endswith("*") or ".csv" in word for word in rest):

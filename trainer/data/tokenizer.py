@@ -119,16 +119,18 @@ class Vocabulary:
         return _parsed(self.raw, _FILE)
 
 
-def vocabulary_of(raw: bytes, where: str, end: str | None = None) -> Vocabulary:
+def vocabulary_of(
+    raw: bytes, where: str, end: str | None = None, files: Mapping[str, Any] | None = None
+) -> Vocabulary:
     """Return the Vocabulary of a tokenizer.json.
 
-    where: the user's name for it, beside which files may declare the token that ends a document;
-    end: that token. Raises UserError if it isn't a tokenizer.json, has no such token, or its
-    tokens have no fixed number of bytes.
+    where: the user's name for it; end: the token that ends a document; files: those that may
+    declare this token, None: those beside `where`. Raises UserError if it isn't a tokenizer.json,
+    has no such token, or its tokens have no fixed number of bytes.
     """
     tokenizer = _parsed(raw, where)
     sizes = token_bytes(tokenizer, where)
-    return Vocabulary(raw, len(sizes), end_of_text(tokenizer, where, end))
+    return Vocabulary(raw, len(sizes), end_of_text(tokenizer, where, end, files))
 
 
 def _parsed(raw: bytes, where: str) -> Tokenizer:
@@ -156,15 +158,21 @@ def declared_ends(tokenizer: Tokenizer, files: Mapping[str, Any]) -> list[int]:
     return [i for i in ends if i is not None]
 
 
-def end_of_text(tokenizer: Tokenizer, where: str, name: str | None = None) -> int:
-    """Return the id that ends a document: that of the token `name`; else the one that the files
-    beside it declare, where `where` is a Hugging Face directory, or an imported run's, or a file in
-    it; else the first common one that the vocabulary has.
+def end_of_text(
+    tokenizer: Tokenizer,
+    where: str,
+    name: str | None = None,
+    files: Mapping[str, Any] | None = None,
+) -> int:
+    """Return the id that ends a document: that of the token `name`; else the one that `files`
+    declare, by default those beside it, where `where` is a Hugging Face directory, or an imported
+    run's, or a file in it; else the first common one that the vocabulary has.
 
     Raises UserError if there is none, or if it is an ordinary token of texts.
     """
     added = tokenizer.get_added_tokens_decoder()
-    ends = [] if name else declared_ends(tokenizer, _beside(Path(where).expanduser()))
+    files = declaring_files(where) if files is None else files
+    ends = [] if name else declared_ends(tokenizer, files)
     names = [name] if name else [END_OF_TEXT, *_OTHER_ENDS]
     for end in [*ends, *map(tokenizer.token_to_id, names)]:
         if end is None:
@@ -183,8 +191,9 @@ def end_of_text(tokenizer: Tokenizer, where: str, name: str | None = None) -> in
     raise UserError(where, f"its vocabulary has no token {name or END_OF_TEXT}", todo)
 
 
-def _beside(path: Path) -> dict[str, Any]:
-    """Return the content of the files that declare special tokens, by name."""
+def declaring_files(where: str) -> dict[str, Any]:
+    """Return the content of the files beside a tokenizer that declare special tokens, by name."""
+    path = Path(where).expanduser()
     if not path.exists():  # a word, such as bytes
         return {}
     folder = path if path.is_dir() else path.parent

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from forescale.data.tokenizer import given_tokenizer
 from forescale.ground.errors import UserError
 from forescale.ground.foreign import (
     LARGE,
@@ -36,7 +37,7 @@ _SMALL_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
-_TEMPLATE = "chat_template.jinja"
+TEMPLATE = "chat_template.jinja"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _AGAIN = "download it again"
 
@@ -66,7 +67,7 @@ class HfDirectory:
     or can't be read."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.config_path = path, path / CONFIG
         if not path.is_dir():
             problem = "no such directory"
             raise UserError(str(path), problem, "name one with config.json and model.safetensors")
@@ -76,13 +77,19 @@ class HfDirectory:
         """The content of config.json."""
         return read_object(self.path / CONFIG, todo=_AGAIN)
 
+    @property
+    def tokenizer(self) -> bytes | None:
+        """The tokenizer.json; None: there is none."""
+        is_there = (self.path / "tokenizer.json").is_file()
+        return given_tokenizer(str(self.path)) if is_there else None
+
     @cached_property
     def small_files(self) -> dict[str, Any]:
         """The content of the files about tokens and generation, by file name."""
-        there = [n for n in (*_SMALL_FILES, _TEMPLATE) if os.path.lexists(self.path / n)]
-        contents: dict[str, Any] = {n: read_object(self.path / n) for n in there if n != _TEMPLATE}
-        if _TEMPLATE in there:
-            contents[_TEMPLATE] = read_text(self.path / _TEMPLATE)
+        there = [n for n in (*_SMALL_FILES, TEMPLATE) if os.path.lexists(self.path / n)]
+        contents: dict[str, Any] = {n: read_object(self.path / n) for n in there if n != TEMPLATE}
+        if TEMPLATE in there:
+            contents[TEMPLATE] = read_text(self.path / TEMPLATE)
         return contents
 
     def digest(self) -> str:
@@ -92,7 +99,7 @@ class HfDirectory:
         for path in sorted(p for p in self.path.glob("*.safetensors") if p.exists()):
             about = path.stat()
             digest.update(f"{path.name} {about.st_size} {about.st_mtime_ns}\n".encode())
-        for name in (*_SMALL_FILES, _TEMPLATE, _INDEX, "tokenizer.json"):
+        for name in (*_SMALL_FILES, TEMPLATE, _INDEX, "tokenizer.json"):
             if os.path.lexists(path := self.path / name):
                 digest.update(name.encode() + read_bytes(path, LARGE))
         return digest.hexdigest()

@@ -23,18 +23,20 @@ from forescale.config.tree import build
 from forescale.data.tokenizer import (
     Vocabulary,
     declared_ends,
+    declaring_files,
     given_tokenizer,
     vocabulary_of,
 )
 from forescale.ground.console import Meter, Progress, progress_display, silent
 from forescale.ground.errors import UserError
 from forescale.ground.storage import cache_directory, write_checked_json, write_file
+from forescale.inference.gguf_file import GgufFile
 from forescale.inference.hf_directory import HfDirectory
 from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
 from forescale.models.hf import FAMILIES
 from forescale.models.hf.pieces import config_of, pieces_of
-from forescale.run.directory import Run, expect_free, new_run
+from forescale.run.directory import GGUF, Run, expect_free, new_run
 from forescale.run.identity import code_and_id
 from forescale.run.start import versions
 
@@ -57,20 +59,21 @@ def import_hf(
     end_of_text: str | None = None,
     progress: Progress = silent,
 ) -> Imported:
-    """Make the run directory of a Hugging Face directory `source`, and return what it holds.
+    """Make the run directory of a model, a Hugging Face directory or a GGUF file, and return what
+    it holds.
 
     Args: `tokenizer`, a tokenizer.json or a directory with one; None: that of `source`.
     `end_of_text`: the token that ends a document; None: as data.tokenizer.end_of_text finds it.
     Raises UserError if the run exists, or if a part of the model isn't supported.
     """
     expect_free(run)
-    directory = HfDirectory(source)
+    directory = _opened(source)
     try:
         model = config_of(directory.config)
         for key, wrong, _ in build(ModelConfig, plain(model), "model.")[2]:  # as `train` does
             raise ValueError(f"it gives {key}, which {wrong}.")
     except ValueError as e:
-        where, problem = str(source / "config.json"), str(e).rstrip(".")
+        where, problem = str(directory.config_path), str(e).rstrip(".")
         raise UserError(where, problem, "import another model; nothing was written") from None
     parts = list(_parts(directory, model))
     vocabulary = _vocabulary(directory, model, tokenizer, end_of_text)
@@ -104,9 +107,9 @@ def import_hf(
 
 
 def imported(source: Path) -> Run:
-    """Return the run in the cache that holds the model of a Hugging Face directory, imported on
-    first use, with a note on stderr. Raises UserError like import_hf."""
-    digest = HfDirectory(source).digest()
+    """Return the run in the cache that holds the model of a directory or file, imported on first
+    use, with a note on stderr. Raises UserError like import_hf."""
+    digest = _opened(source).digest()
     name = re.sub(r"[^a-zA-Z0-9_-]", "-", source.resolve().name)
     run = Run(cache_directory() / "imported" / digest[:12] / name)
     if not run.config.is_file():
@@ -120,7 +123,11 @@ def imported(source: Path) -> Run:
     return run
 
 
-def _parts(directory: HfDirectory, model: ModelConfig) -> Iterator[Fragment]:
+def _opened(source: Path) -> HfDirectory | GgufFile:
+    return GgufFile(source) if source.suffix == GGUF else HfDirectory(source)
+
+
+def _parts(directory: HfDirectory | GgufFile, model: ModelConfig) -> Iterator[Fragment]:
     """Yield the weights, each read when it is written. Raises UserError if the files hold others
     than the model has."""
     whole = shapes(model)
@@ -136,19 +143,20 @@ def _parts(directory: HfDirectory, model: ModelConfig) -> Iterator[Fragment]:
 
 
 def _vocabulary(
-    directory: HfDirectory, model: ModelConfig, tokenizer: str | None, end: str | None
+    directory: HfDirectory | GgufFile, model: ModelConfig, tokenizer: str | None, end: str | None
 ) -> Vocabulary:
     """Return the model's tokenizer. Raises UserError if there is none, or if it has more tokens
     than the model."""
-    where = tokenizer or str(directory.path)
-    if tokenizer is None and not (directory.path / "tokenizer.json").is_file():
+    where, files = tokenizer or str(directory.path), directory.small_files
+    raw = given_tokenizer(tokenizer) if tokenizer else directory.tokenizer
+    if tokenizer is None and raw is None:
         problem = "holds no tokenizer.json"
         todo = "give tokenizer=FILE, or make one with transformers: AutoTokenizer, save_pretrained"
         raise UserError(where, problem, todo)
-    raw = given_tokenizer(where)
     if raw is None:
         raise UserError("tokenizer", f"{where} names no file", "give a tokenizer.json")
-    vocabulary = vocabulary_of(raw, where, end)
+    files = (declaring_files(where) if tokenizer else {}) or files
+    vocabulary = vocabulary_of(raw, where, end, files)
     if vocabulary.size > model.sizes.vocab_size:
         problem = (
             f"its tokenizer has {vocabulary.size:,} tokens, the model {model.sizes.vocab_size:,}"
@@ -157,7 +165,7 @@ def _vocabulary(
     return vocabulary
 
 
-def _small_files(directory: HfDirectory, vocabulary: Vocabulary) -> dict[str, Any]:
+def _small_files(directory: HfDirectory | GgufFile, vocabulary: Vocabulary) -> dict[str, Any]:
     """Return the small files; where they declare another end of documents than the command names,
     with that one."""
     files, tokenizer = dict(directory.small_files), vocabulary.load()

@@ -219,7 +219,7 @@ class RunView:
 
 def open_view(target: str | Path, root: str | Path = "runs") -> RunView:
     """Return the run at `target`, of that name under `root`, or that holds the checkpoint `target`;
-    of a Hugging Face directory, the run in the cache that its model is imported to.
+    of a Hugging Face directory or a GGUF file, the run in the cache that its model is imported to.
 
     Raises UserError if there is none.
     """

@@ -49,6 +49,7 @@ from forescale.run.stored import (
     StoredReferences,
 )
 
+GGUF = ".gguf"  # the suffix of files of llama.cpp
 _PREFIX = "step-"
 _STEP = re.compile(r"step-[0-9]{8,18}")
 _NUMBER = re.compile(r"[0-9]{4,9}")
@@ -276,7 +277,9 @@ def new_run(run: Run, mode: int, tag: str = "new") -> Iterator[Run]:
 
 
 def is_hf(path: Path) -> bool:
-    """Return True for a directory that holds a Hugging Face model, and no run."""
+    """Return True for a directory that holds a Hugging Face model, and no run, and a GGUF file."""
+    if path.suffix == GGUF:
+        return path.is_file()
     return (path / "config.json").is_file() and not (path / "config.yaml").is_file()
 
 

@@ -1,4 +1,4 @@
-"""`forescale import hf`: make a run directory of a Hugging Face model."""
+"""`forescale import`: make a run directory of a Hugging Face model, or of a GGUF file."""
 
 # ruff: noqa: N999 (the file has the name of its verb)
 
@@ -13,9 +13,9 @@ from forescale.config.sections.training import RunConfig
 from forescale.ground.console import progress_display
 from forescale.ground.document import tell
 from forescale.ground.errors import DONE, UserError
-from forescale.run.directory import Run
+from forescale.run.directory import GGUF, Run
 
-_TODO = "write forescale import hf DIR NAME"
+_TODO = "write forescale import hf DIR NAME, or forescale import FILE.gguf NAME"
 
 
 @dataclass
@@ -40,7 +40,7 @@ class ImportJob(Job):
     PRINTS: ClassVar = {"name": str, "path": str, "checkpoint": str, "architecture": str}
 
     # the Hugging Face directory: config.json, model.safetensors (or several with an index) and
-    # tokenizer.json; the first word after hf sets it too
+    # tokenizer.json; the first word after hf sets it too; or a GGUF file, which is dequantised
     path: str | None = None
     # a tokenizer.json, or a directory with one; null: the one beside the weights
     tokenizer: str | None = None
@@ -56,6 +56,7 @@ FIRST = ("hf",)
 JOB = ImportJob
 EXAMPLES = (
     "import hf Llama-2-7b llama   (the directory Llama-2-7b becomes the run runs/llama)",
+    "import Llama-3.2-1B-Q8_0.gguf llama   (pip install 'forescale[gguf]')",
     "import hf gpt2 gpt2 tokenizer=other/tokenizer.json",
     "import hf OLMo-2-1B olmo --json",
 )
@@ -64,9 +65,10 @@ EXAMPLES = (
 def main(arguments: list[str]) -> int:
     """Make the run, and print how to go on from it."""
     words = arguments[1:] if arguments[:1] == [*FIRST] else arguments
-    if words == arguments and words and "=" not in words[0] and not words[0].startswith("-"):
+    is_word = bool(words) and "=" not in words[0] and not words[0].startswith("-")
+    if words == arguments and is_word and not words[0].endswith(GGUF):
         raise UserError(words[0], "is no kind of model that can be imported", _TODO)
-    if words and "=" not in words[0] and not words[0].startswith("-"):
+    if is_word:
         words = [f"path={words[0]}", *words[1:]]
     job = parse(ImportJob, words)
     assert job.path is not None  # ImportJob.problems asks for it

@@ -242,7 +242,8 @@ class LanguageModel(TemplateLM):
         self._count_cut(request, len(ids) + most - self.max_length)
         ids = ids[-(self.max_length - most) :]
         # Decoded without the prompt, as HFLM does: a first space may be lost with SentencePiece.
-        question = Question(prompt, "", ids, [], self._end, "document", self.max_length)
+        ends, most_read = self._view.ends, self.max_length  # of several, generate of HFLM too
+        question = Question(prompt, "", ids, [], self._end, "document", most_read, other_ends=ends)
         stops = tuple(text for text in [*options["until"], self._text_of(self._end)] if text)
         config = GenerationConfig(most, _sampler(options), stops)
         return Answer(self._spelling, question, config, seed=number)

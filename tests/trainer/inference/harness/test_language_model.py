@@ -104,6 +104,27 @@ def test_an_import_is_read_with_its_own_first_token_and_chat_template(tmp_path, 
     assert requests.count("[user]") == 2
 
 
+def test_an_answer_ends_at_each_end_that_an_import_declares(tmp_path, forescale):
+    """As with HFLM; the second of two, which is likely here."""
+    from lm_eval.api.instance import Instance
+
+    original = model_of("Qwen2")  # without tied embeddings
+    original.lm_head.weight.data[257] *= 3
+    original.generation_config.eos_token_id = [256, 257]
+    folder = write(original, tmp_path / "llama")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|turn|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert forescale("import", "hf", folder, "it", f"run.root={tmp_path}")[0] == 0
+    model, hflm = open_run(tmp_path / "it").language_model(), hflm_of(folder)
+    texts = (f"a{c}" for c in "bcdefgh")
+    how = {"max_gen_toks": 12, "until": []}
+    requests = [Instance("generate_until", {}, (text, how), i) for i, text in enumerate(texts)]
+    answers = model.generate_until(requests)
+    assert answers == hflm.generate_until(requests)
+    assert min(map(len, answers)) < 6
+
+
 def rows_of_forwards(model, monkeypatch) -> list[int]:
     """The rows of each forward pass from now on."""
     rows: list[int] = []
