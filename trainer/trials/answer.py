@@ -18,8 +18,8 @@ from forescale.trials.verdict import Verdict
 @dataclass(frozen=True)
 class Answer:
     """word: better, no better, not yet known, or stopped; why: what it rests on, a sentence;
-    verdicts: of each stage with pairs; factors: by what they are of (compute, seconds, memory);
-    flops: of the pairs' runs; predicted: the row of the prediction for the larger size."""
+    verdicts: of each stage with pairs; factors: by what they are of (compute, seconds, memory,
+    time); flops: of the pairs' runs; predicted: the row of the prediction for the larger size."""
 
     row: Row
     word: str
@@ -93,7 +93,8 @@ def _word(trial: Trial, verdicts: Mapping[Stage, Verdict]) -> tuple[str, str]:
 
 def _factors(trial: Trial, v: Verdict, pairs: list[Row]) -> dict[str, Factor]:
     seconds, memory = ratio(pairs, "seconds"), ratio(pairs, "memory")
-    factors = {"memory": memory} if memory else {}
+    both = (("memory", memory), ("time", seconds))
+    factors = {name: factor for name, factor in both if factor is not None}
     ends = [trial.outcome(planned) for planned in trial.halves()]
     half = [end.loss for end in ends if end.state == "complete"]
     full = {row["seed"]: row["base"]["loss"] for row in pairs if row["base"]["state"] == "complete"}
@@ -102,10 +103,9 @@ def _factors(trial: Trial, v: Verdict, pairs: list[Row]) -> dict[str, Factor]:
     compute = compute_factor(v, slope_of([*full.values()], half))
     if compute is None:
         return factors
-    both = {"compute": compute}
     if seconds:
-        both["seconds"] = product(compute, seconds)
-    return both | factors
+        factors = {"seconds": product(compute, seconds)} | factors
+    return {"compute": compute} | factors
 
 
 def answers(campaign: Campaign) -> list[Answer]:

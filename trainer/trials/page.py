@@ -23,6 +23,7 @@ _OPEN = "#1f77b4"
 _STAGES = {"first": "First seeds", "fresh": "Fresh seeds", "larger": "Larger size"}
 _SHADES = {"first": "#7f7f7f", "fresh": "#1f77b4", "larger": "#9467bd"}
 _FACTORS = ("compute", "seconds", "memory")
+_NARROW = ("trial", "answer", "gain", "pairs", "compute")  # and the interval, in a terminal
 
 
 def write(campaign: Campaign, answers: Sequence[Answer], path: Path) -> None:
@@ -69,8 +70,14 @@ def table_of(answers: Sequence[Answer]) -> Section:
 
 
 def show(answers: Sequence[Answer], console: Console) -> None:
-    """Print the leaderboard."""
-    document.show(console, [table_of(answers)])
+    """Print the leaderboard, without the columns that a terminal of 80 has no room for: of a table
+    that is too wide, it would leave out whole columns, the answers among them."""
+    section = table_of(answers)
+    head = section.rows[0]
+    narrow = [i for i, name in enumerate(head) if name in _NARROW or "any time" in str(name)]
+    section.rows = [[row[i] for i in narrow] for row in section.rows]
+    section.after = []
+    document.show(console, [section])
 
 
 def _gains(answers: Sequence[Answer]) -> Section:

@@ -40,9 +40,16 @@ def test_a_better_change_is_confirmed_by_fresh_seeds_and_worth_a_factor(tried_wi
     assert Ledger(Path("campaigns/first/log.jsonl")).head in page
 
 
-def test_a_null_change_is_no_better_and_a_small_one_not_yet_known_until_it_has_more_pairs(tried):
+def test_a_null_change_is_no_better_and_a_small_one_not_yet_known_until_it_has_more_pairs(
+    tried, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = tried("gelu", BASE, "gain=0.02", *GELU)
     assert code == 0
+    (line,) = (line for line in out.splitlines() if line.startswith("gelu  "))
+    assert "no better" in line, "a narrow terminal has room for the answer"
+    assert line.count("%") == 3, "and for the gain, with its interval"
+    assert "Factor of time: 1 (90%: 1 to 1)." in out, "what no better change costs, too"
     assert "gelu: no better (a gain of 2.00% or more is ruled out)." in out
     assert "base-half-s1" not in Simulated.names, "only a better change needs its factor"
 
