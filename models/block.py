@@ -63,6 +63,7 @@ class Block(nn.Module):
 
     pre: x + f(norm(x)). post: x + norm(f(x)), as OLMo 2. sandwich: x + norm(f(norm(x))), as Gemma.
     residual: norm(x + f(x)), as Vaswani et al. 2017 and BERT: the stream itself is normed.
+    parallel: x + f(norm(x)) + g(norm'(x)), as GPT-NeoX; shared: with one norm, as Phi.
     In the decoder of an encoder-decoder, attention to the encoder's output comes between the two,
     and the encoder's last block ends with a norm, unless the stream is normed.
 
@@ -86,7 +87,8 @@ class Block(nn.Module):
             self.cross_norm = make_norm(config) if before else None
             self.cross = parts.cross.build(config)
             self.cross_post_norm = make_norm(config) if after else None
-        self.mlp_norm = make_norm(config) if before else None
+        self.is_parallel, shares = config.in_parallel, config.norm.placement == "shared"
+        self.mlp_norm = make_norm(config) if before and not shares else None
         self.mlp = parts.mlp.build(config)
         self.mlp_post_norm = make_norm(config) if after else None
         self.is_routed = parts.mlp.is_routed
@@ -109,14 +111,17 @@ class Block(nn.Module):
 
     def _through(self, x_BLD: Tensor, *context: Any) -> Any:
         of_block, rest = Context(*context), []
-        y_BLD = self.mixer(normed(self.mixer_norm, x_BLD), of_block)
+        read_BLD = normed(self.mixer_norm, x_BLD)
+        y_BLD = self.mixer(read_BLD, of_block)
+        if self.is_parallel and self.mlp_norm is not None:
+            read_BLD = self.mlp_norm(x_BLD)
         if self.gives_values:
             y_BLD, *rest = y_BLD
         x_BLD = self._add(x_BLD, y_BLD, self.mixer_post_norm)
         if self.cross is not None:
             y_BLD = self.cross(normed(self.cross_norm, x_BLD), of_block)
             x_BLD = self._add(x_BLD, y_BLD, self.cross_post_norm)
-        y_BLD = normed(self.mlp_norm, x_BLD)
+        y_BLD = read_BLD if self.is_parallel else normed(self.mlp_norm, x_BLD)
         if self.is_routed:
             y_BLD, routing = self.mlp(y_BLD, of_block.counted, of_block.group)
             rest = [*rest, *routing]

@@ -13,8 +13,9 @@ class Norm(Part):
 
     eps: float = 1e-6  # added to the variance
     # Before each part of a block, after it (OLMo 2), or both; residual: after its sum with the
-    # residual stream (Vaswani et al. 2017, BERT), without a norm at the end.
-    placement: Literal["pre", "post", "sandwich", "residual"] = "pre"
+    # residual stream (Vaswani et al. 2017, BERT), without a norm at the end; parallel: before both
+    # parts, which read the same stream (GPT-NeoX); shared: these read the same norm (Phi).
+    placement: Literal["pre", "post", "sandwich", "residual", "parallel", "shared"] = "pre"
     embedding: bool = False  # a norm after the embedding and its positions, as BERT
 
     def problems(self) -> list[Problem]:
@@ -32,6 +33,8 @@ class RMS(Norm):
 class Layer(Norm):
     """Normalises by mean and variance."""
 
+    gain: bool = True  # a learned gain of each channel (with bias=true, a bias too); OLMo 1: false
+
     kind = "layernorm"
 
 
@@ -40,6 +43,12 @@ class Head(Part):
     """What makes the logits."""
 
     softcap: float = 0.0  # logits = cap * tanh(logits / cap), as Gemma 2 (30); 0: off
+    bias: bool = False  # a bias of each logit, as Phi; dense always has it
+
+    @property
+    def has_bias(self) -> bool:
+        """True if logits have a bias."""
+        return self.bias or self.kind == "dense"
 
     def problems(self) -> list[Problem]:
         if 0 <= self.softcap < math.inf:

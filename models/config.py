@@ -232,12 +232,17 @@ class ModelConfig:
     @property
     def norms_before(self) -> bool:
         """True if a part of a block reads a norm of the stream."""
-        return self.norm.placement in ("pre", "sandwich")
+        return self.norm.placement in ("pre", "sandwich", "parallel", "shared")
 
     @property
     def norms_after(self) -> bool:
         """True if a norm follows a part of a block."""
-        return self.norm.placement != "pre"
+        return self.norm.placement in ("post", "sandwich", "residual")
+
+    @property
+    def in_parallel(self) -> bool:
+        """True if mixer and MLP read the same stream."""
+        return self.norm.placement in ("parallel", "shared")
 
     @property
     def norms_stream(self) -> bool:

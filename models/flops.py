@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 
+from forescale.models.choices import Layer
 from forescale.models.config import ModelConfig
 from forescale.models.mixers.attention import Cross, cross_of
 from forescale.models.mlps.dense import Dense
@@ -37,7 +38,7 @@ class Counts:
     blocks: int  # all layers
     non_embedding: int  # blocks, norms, transform: Kaplan's N
     head: int  # the matrix that makes the logits, even if it is the token table (tied)
-    transform: int  # what model.head=dense has before and beside that matrix, else 0
+    transform: int  # what the head has before and beside that matrix: model.head=dense, biases
     mtp: int  # the modules that predict later tokens, in training alone
     active: int  # total without mtp, and without the experts that a token does not use
 
@@ -220,7 +221,7 @@ def layer_shapes(config: ModelConfig, layer: int) -> Shapes:
     """Return the parameters of one block: name inside the block -> shape."""
     parameters = Shapes()
     for name, part in parts_of(config, layer).items():
-        if config.norms_before:
+        if config.norms_before and (name != "mlp" or config.norm.placement != "shared"):
             parameters |= _norm(config, f"{name}_norm")
         parameters |= {f"{name}.{inner}": shape for inner, shape in part.shapes(config).items()}
         if config.norms_after:
@@ -235,8 +236,8 @@ def _outer_shapes(config: ModelConfig) -> Shapes:
     s = config.sizes
     table = (s.vocab_size, s.width)
     parameters: Shapes = {"embedding.weight": table}
-    is_dense = config.head.kind == "dense"
-    if is_dense and config.tie_embeddings:
+    is_dense, has_bias = config.head.kind == "dense", config.head.has_bias
+    if has_bias and config.tie_embeddings:
         parameters["embedding.bias"] = (s.vocab_size,)
     if config.bigram_rows:
         parameters["bigrams.weight"] = (config.bigram_rows, s.width)
@@ -257,7 +258,7 @@ def _outer_shapes(config: ModelConfig) -> Shapes:
         parameters |= _norm(config, "transform.norm")
     if not config.tie_embeddings:
         parameters["head.weight"] = table
-        if is_dense:
+        if has_bias:
             parameters["head.bias"] = (s.vocab_size,)
     return parameters
 
@@ -273,6 +274,8 @@ def _mtp_shapes(config: ModelConfig) -> Shapes:
 
 def _norm(config: ModelConfig, name: str) -> Shapes:
     has_bias = config.norm.kind == "layernorm" and config.bias
+    if isinstance(config.norm, Layer) and not config.norm.gain:
+        return {}
     return {f"{name}.{kind}": (config.sizes.width,) for kind in ("weight", "bias")[: 1 + has_bias]}
 
 

@@ -138,8 +138,10 @@ def activations(
                 products += count * (part.selected_bytes(inner, b) + b * writes)
         if compiled and placement == "sandwich":  # the streams between parts are made again
             layer -= count * (len(parts) - 1) * b * s.width
-        if compiled and placement == "pre" and is_selective:  # nothing needs the last result
-            products -= count * b * s.width
+        if placement == "shared":  # one norm for both parts
+            layer -= count * s.width * norms
+        if compiled and not config.norms_after and is_selective:  # nothing needs the last result
+            products -= count * b * s.width * (2 if config.in_parallel else 1)
         mixer, cross = parts.mixer, parts.cross
         if cross is not None:
             layer += source * cross.source_bytes(inner, b, b if compiled else rms)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from forescale.models.choices import Layer
 from forescale.models.config import ModelConfig
 
 
@@ -22,21 +23,19 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.Module):
     """(..., D) -> (..., D), normalised by mean and variance (Ba et al. 2016, arXiv 1607.06450)."""
 
-    def __init__(self, width: int, eps: float, bias: bool):
+    def __init__(self, width: int, eps: float, bias: bool, gain: bool = True):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.weight = nn.Parameter(torch.ones(width)) if gain else None
+        self.bias = nn.Parameter(torch.zeros(width)) if bias and gain else None
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        return F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), bias, self.eps).to(
-            x.dtype
-        )
+        gain, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
+        return F.layer_norm(x.float(), x.shape[-1:], gain, bias, self.eps).to(x.dtype)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """Return the norm of the residual stream, (..., D) -> (..., D)."""
-    if config.norm.kind == "layernorm":
-        return LayerNorm(config.sizes.width, config.norm.eps, config.bias)
+    if isinstance(config.norm, Layer):
+        return LayerNorm(config.sizes.width, config.norm.eps, config.bias, config.norm.gain)
     return RMSNorm(config.sizes.width, config.norm.eps)

@@ -118,6 +118,9 @@ def _of_parts(config: "ModelConfig") -> list[Problem]:
         problem = "completep has no rule for a stream that is normed after each part"
         todo = "choose another, or parametrization=mup or standard"
         problems.append(("norm.placement", problem, todo))
+    if config.has_encoder and config.in_parallel:
+        problem = "attention to an encoder comes between mixer and MLP"
+        problems.append(("norm.placement", problem, "choose another, or leave out encoder_layers"))
     # The key by which tokens see later ones, if they do.
     sees_all = "encoder_layers" if config.has_encoder else "" if config.causal else "causal"
     position, turning = config.position, min(mixer.turning for mixer in config.mixers_used)

@@ -105,6 +105,7 @@ class Transformer(nn.Module):
         )
         self.takes_mask = any(mixer.takes_mask for mixer in config.mixers)
         self.viewers = viewers(config)
+        self.thetas = [getattr(mixer, "theta", None) for mixer in config.mixers]
         # Otherwise the stream leaves the last block normed.
         self.norm = placed("norm", make_norm(config), False) if config.norms_stream else None
         self.transform = None
@@ -345,6 +346,7 @@ class Transformer(nn.Module):
         first, end = (0, layers) if encodes else (layers, len(self.blocks))
         routings: list[Routing] = []
         views: dict[Viewer | None, Any] = {}
+        turns: dict[float | None, Rotation | None] = {None: context.rotation, 0: None}
         for i in blocks or range(first, end):
             block, memory = self.blocks[i], memories[i - first] if memories else None
             viewer = self.viewers[i]
@@ -353,8 +355,11 @@ class Transformer(nn.Module):
             token_values = None
             if str(i) in self.value_embeddings:
                 token_values = self.value_embeddings[str(i)](tokens_BL)
-            view = views.get(viewer)
+            view, theta = views.get(viewer), self.thetas[i]
+            if theta not in turns:
+                turns[theta] = self._turn(columns.positions, x_BLD.shape[1], None, theta)[1]
             context = context._replace(memory=memory, view=view, token_values=token_values)
+            context = context._replace(rotation=turns[theta])
             recomputes = self.config.activation_checkpointing == "full"
             x_BLD, values, routing = run_block(block, x_BLD, context, recomputes)
             if values is not None:
@@ -421,13 +426,17 @@ class Transformer(nn.Module):
         return self.dropout(normed(self.embedding_norm, x_BLD)), turn
 
     def _turn(
-        self, positions: Tensor, length: int, constants: dict[str, Any] | None
+        self,
+        positions: Tensor,
+        length: int,
+        constants: dict[str, Any] | None,
+        theta: float | None = None,
     ) -> tuple[Tensor, Rotation | None]:
         """Return the positions of the last `length` columns, or of this rank's, and the rotation,
-        with rotary positions."""
+        with rotary positions. theta: the base of some layers alone, see mixers/attention.py."""
         places = positions[..., -length:] if self.group is None else self.group.columns(positions)
         config = self.config
-        return places, rotation(places, config, constants) if config.rotates else None
+        return places, rotation(places, config, constants, theta) if config.rotates else None
 
     def _mask(self, columns: Columns, causal: bool) -> Mask | None:
         """Return the mask of Context; None: no mixer takes one, or the kernels need none."""

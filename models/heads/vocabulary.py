@@ -22,7 +22,8 @@ from forescale.models.parametrization import scales
 class Vocabulary(nn.Module):
     """A table (V, D) for embedding and logits, both by a call: a tied table is called twice.
 
-    makes_logits: False for a table that only embeds. With model.head=dense, logits have a bias (V).
+    makes_logits: False for a table that only embeds. With head=dense or head.bias logits have
+    a bias (V).
     group: the ranks that divide the rows, V being this rank's; None: this one has them all.
     product: as in Linear, of logits.
 
@@ -42,7 +43,7 @@ class Vocabulary(nn.Module):
         self.group: TensorGroup | None = None
         self.vocab_size = config.sizes.vocab_size
         self.weight = nn.Parameter(torch.empty(self.vocab_size, config.sizes.width))
-        has_bias = makes_logits and config.head.kind == "dense"
+        has_bias = makes_logits and config.head.has_bias
         self.bias = nn.Parameter(torch.zeros(self.vocab_size)) if has_bias else None
         scale = scales(config)
         self.multiplier = scale.logits

@@ -17,69 +17,26 @@ from torch import Tensor
 from forescale.models.config import ModelConfig
 from forescale.models.hf.config_json import config_to_hf
 from forescale.models.hf.families import FAMILIES
+from forescale.models.hf.fit import family_of
 from forescale.models.hf.pieces import config_of, exported, joined, pieces_of
 from forescale.models.parametrization import folds
-from forescale.models.part import Part
 
 State = dict[str, Tensor]
-
-
-def family_of(config: ModelConfig) -> str:
-    """Return the family of a resolved config. Raises ValueError, which names the nearest family, if
-    none fits."""
-    differing: dict[str, dict[str, str]] = {}
-    for name, family in FAMILIES.items():
-        fits = dict(family.fits)
-        if "num_kv_heads" in fits:
-            fits["num_kv_heads"] = config.num_heads
-        values = {path: _value(config, path) for path in fits}
-        if "head_dim" in fits:
-            s = config.sizes
-            values["head_dim"], fits["head_dim"] = s.head_dim, s.width // s.num_heads
-        differing[name] = {
-            path: f"{path}={_typed(fits[path])} (not {_typed(value)})"
-            for path, value in values.items()
-            if value not in (fits[path], ...)
-        }
-    # Of equally near families, one with the same MLP.
-    nearest = min(differing, key=lambda name: (len(differing[name]), "mlp" in differing[name]))
-    if not differing[nearest]:
-        return nearest
-    raise ValueError(
-        f"No Hugging Face architecture fits this model; the nearest, "
-        f"{FAMILIES[nearest].architecture}, has {', '.join(differing[nearest].values())}."
-    )
-
-
-def _value(config: ModelConfig, path: str) -> Any:
-    """Return the value of a key, or the word of a part; `...` if the chosen part lacks the key."""
-    field, _, inner = path.partition(".")
-    values = [getattr(config, field)]
-    if field == "mixer":
-        values = [*dict.fromkeys(config.mixers)]
-    if isinstance(values[0], Part) and not inner:
-        return ", ".join(dict.fromkeys(part.kind for part in values))
-    values = [getattr(value, inner, ...) if inner else value for value in values]
-    different = [*dict.fromkeys(values)]
-    return different[0] if len(different) == 1 else ", ".join(map(_typed, different))
-
-
-def _typed(value: Any) -> str:
-    """Return a value of a config as a user types it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+__all__ = ["FAMILIES", "family_of", "from_hf", "to_hf"]
 
 
 def to_hf(
-    config: ModelConfig, state: Mapping[str, Tensor]
+    config: ModelConfig, state: Mapping[str, Tensor], prefer: str | None = None
 ) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
     """Return the content of config.json, and an iterator over the tensors by their Hugging Face
     names, which reads each parameter from `state` when it is needed.
 
-    state: the state_dict of the config's Transformer. Special tokens are None, because only the
-    caller knows the tokenizer. Raises ValueError if no architecture fits.
+    state: the state_dict of the config's Transformer. prefer: the family, where several
+    fit. Special tokens are None, because only the caller knows the tokenizer. Raises ValueError if
+    no architecture fits.
     """
     config = replace(config.resolved(), mtp_layers=0)  # they serve training alone
-    family = family_of(config)
+    family = family_of(config, prefer)
     dtype = str(state[next(iter(state))].dtype).removeprefix("torch.")
     weights = exported(family, config, state, folds(config))
     return config_to_hf(family, config) | {"dtype": dtype}, weights

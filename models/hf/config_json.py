@@ -10,7 +10,10 @@ from typing import Any
 
 from forescale.models.config import ModelConfig
 from forescale.models.hf.families import FAMILIES
-from forescale.models.positions.kinds import Llama3, Ntk, Rotary, Yarn
+from forescale.models.hf.fit import differences
+from forescale.models.hf.layers import FULL, SLIDING, layers_from_hf, layers_to_hf
+from forescale.models.mixers.attention import Attention
+from forescale.models.positions.kinds import Linear, Llama3, Ntk, Rotary, Yarn
 from forescale.models.positions.rope_scaling import (
     BETA_FAST,
     BETA_SLOW,
@@ -21,19 +24,6 @@ from forescale.models.positions.rope_scaling import (
 )
 
 _RATIOS = ("num_kv_heads", "head_dim")  # given in Family.fits as a ratio of sizes
-# Defaults of keys that a config.json lacks, where families differ; from the config classes of
-# transformers.
-_ABSENT: dict[str, dict[str, Any]] = {
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
-    "qwen3_moe": {"num_key_value_heads": 4},
-    "mixtral": {"num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
-    "olmo2": {"rms_norm_eps": 1e-5},
-    "arcee": {"rms_norm_eps": 1e-5},
-    "apertus": {"rope_theta": 12e6, "rms_norm_eps": 1e-5, "hidden_act": "xielu"},
-    "gemma3_text": {"tie_word_embeddings": True},
-    "gpt2": {"tie_word_embeddings": True},
-    "qwen2": {"num_key_value_heads": 32},
-}
 # Keys of sizes in config.json, and our fields.
 _SIZES = {
     "hidden_size": "width",
@@ -45,18 +35,21 @@ _SIZES = {
 # Types of the other keys that are read; each may be absent, and where null has a meaning null.
 _MORE_SIZES = (
     "vocab_size head_dim max_position_embeddings n_inner num_local_experts num_experts "
-    "num_experts_per_tok moe_intermediate_size original_max_position_embeddings"
+    "num_experts_per_tok moe_intermediate_size original_max_position_embeddings sliding_window "
+    "sliding_window_pattern no_rope_layer_interval"
 )
 _NUMBERS = (
     "rms_norm_eps layer_norm_epsilon rope_theta resid_pdrop embd_pdrop attn_pdrop "
-    "final_logit_softcapping query_pre_attn_scalar factor"
+    "final_logit_softcapping query_pre_attn_scalar factor partial_rotary_factor "
+    "rope_local_base_freq"
 )
-_TRUE_OR_FALSE = "tie_word_embeddings attention_bias mlp_bias norm_topk_prob"
-_LISTS, _OBJECTS = "layer_types mlp_only_layers", "rope_parameters rope_scaling"
+_TRUE_OR_FALSE = "tie_word_embeddings attention_bias mlp_bias norm_topk_prob use_parallel_residual"
+_LISTS = "layer_types mlp_only_layers no_rope_layers"
+_OBJECTS = "rope_parameters rope_scaling"
 _NULL = (
     "num_key_value_heads head_dim n_inner final_logit_softcapping layer_types mlp_only_layers "
-    "rope_parameters rope_scaling original_max_position_embeddings factor "
-    "tie_word_embeddings attention_bias mlp_bias"
+    "rope_parameters rope_scaling original_max_position_embeddings factor sliding_window "
+    "no_rope_layers tie_word_embeddings attention_bias mlp_bias"
 )
 _LARGEST = 2**31 - 1  # of a size
 MOST_TENSORS = 200_000  # of a model; DeepSeek V3 has 92,000
@@ -90,9 +83,10 @@ def config_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
             "embd_pdrop": c.dropout,
             "attn_pdrop": c.dropout,
         }
-    keys = (
+    f, rope = FAMILIES[family], positions_to_hf(c)
+    keys: dict[str, Any] = (
         shared
-        | positions_to_hf(c)
+        | rope
         | {
             **{key: getattr(c, name) for key, name in _SIZES.items()},
             "head_dim": c.sizes.head_dim,
@@ -101,20 +95,31 @@ def config_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
             "attention_bias": c.bias,
             "mlp_bias": c.bias,
         }
+        | {key: value for key, value in f.constants.items() if value is not None}
         | _experts_to_hf(family, c)
+        | layers_to_hf(family, c, rope["rope_parameters"])
     )
-    if family != "gemma3_text":
-        return keys
-    # Gemma 3 has positions for each kind of layer.
-    kinds = ("full_attention", "sliding_attention")
-    return keys | {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": c.sizes.head_dim,
-        "final_logit_softcapping": c.head.softcap or None,
-        "layer_types": ["full_attention"] * c.sizes.num_layers,
-        "rope_local_base_freq": keys["rope_theta"],  # transformers 4
-        "rope_parameters": {kind: keys["rope_parameters"] for kind in kinds},
-    }
+    if "position.fraction" not in f.fits:
+        assert isinstance(c.position, Rotary)
+        keys["partial_rotary_factor"] = c.position.fraction
+        keys["rope_parameters"] = keys["rope_parameters"] | {
+            "partial_rotary_factor": c.position.fraction
+        }
+    for key, (path, names) in f.keys.items():
+        keys[key] = _to_key(c, path, names)
+    return {f.aliases.get(key, key): value for key, value in keys.items()}
+
+
+def _to_key(c: ModelConfig, path: str, names: dict[Any, Any] | None) -> Any:
+    """Return the value of a key of Family.keys."""
+    field, _, inner = path.partition(".")
+    value = c.mixers[0] if field == "mixer" else getattr(c, field)
+    value = getattr(value, inner) if inner else value.kind
+    if names is not None:
+        return next(key for key, choice in names.items() if choice == value)
+    value = c.sizes.head_dim if path == "mixer.score_dim" and value is None else value
+    is_whole = path == "mixer.score_dim" and value % 1 == 0
+    return int(value) if is_whole else value or None  # transformers takes no 256.0
 
 
 def _activation(c: ModelConfig) -> str:
@@ -124,46 +129,74 @@ def _activation(c: ModelConfig) -> str:
 def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
     """Return our config with every size. Raises ValueError for a variant that is not supported, and
     KeyError for a missing size."""
+    f = FAMILIES[family]
+    for key, alias in f.aliases.items():
+        hf = {key: hf[alias]} | hf if alias in hf else hf
     _check_types(hf)
     only(hf, "quantization_config")
-    kinds = [kind for kind in hf.get("layer_types") or [] if kind != "full_attention"]
-    require(not kinds, "layer_types", kinds)
-    fits = {k: v for k, v in FAMILIES[family].fits.items() if k not in _RATIOS}
-    hf = _ABSENT.get(family, {}) | hf
+    # SmolLM3 and others name the kinds of layers, although all have the same.
+    kinds = {*(hf.get("layer_types") or [])} - {FULL, *[SLIDING] * (f.layers in ("types", "bases"))}
+    require(not kinds, "layer_types", sorted(map(str, kinds)))
+    for key, value in f.constants.items():
+        only(hf, key, value)
+    fits = {k: v for k, v in f.fits.items() if k not in _RATIOS}
+    hf = f.absent | hf
     tied = bool(hf.get("tie_word_embeddings", False))
     base = replace(_of_paths(fits), vocab_size=hf["vocab_size"], tie_embeddings=tied)
     if family == "gpt2":
         return _from_gpt2(base, hf)
-    if family == "gemma3_text":
-        require(bool(hf.get("layer_types")), "layer_types", None)
-        only(hf, "attn_logit_softcapping", 0)
-        only(hf, "use_bidirectional_attention", False)
-        scalar = hf.get("query_pre_attn_scalar", 256)
-        require(scalar == hf["head_dim"], "query_pre_attn_scalar", scalar)
-        softcap = float(hf.get("final_logit_softcapping") or 0)
-        base = replace(base, head=replace(base.head, softcap=softcap))
-        rope = (hf.get("rope_parameters") or {}).get("full_attention")
-        act = hf.get("hidden_activation", "gelu_pytorch_tanh")
-        hf = hf | {"rope_parameters": rope, "hidden_act": act}
-        _check_types(hf)
-    only(hf, "hidden_act", _activation(base))
+    for key, (path, names) in f.keys.items():
+        base = _from_key(base, hf, key, path, names)
+    if "hidden_act" not in f.keys:
+        only(hf, "hidden_act", _activation(base))
     only(hf, "use_sliding_window", False)
     only(hf, "attention_dropout", 0)
     heads, width = hf["num_attention_heads"], hf["hidden_size"]
     per_head = hf.get("head_dim") or width // heads
-    bias = bool(hf.get("attention_bias", False))
-    require(bias == bool(hf.get("mlp_bias", False)), "attention_bias", bias)
-    require(not (bias and "bias" in fits), "attention_bias", bias)
+    bias = bool(hf.get("attention_bias", fits.get("bias", False)))
+    require(bias == bool(hf.get("mlp_bias", fits.get("bias", False))), "attention_bias", bias)
+    require(bias == fits.get("bias", bias), "attention_bias", bias)
     hf = hf | {"num_key_value_heads": hf.get("num_key_value_heads") or heads}
-    sizes = {name: hf[key] for key, name in _SIZES.items()}
+    sizes: dict[str, Any] = {name: hf[key] for key, name in _SIZES.items()}
     sizes |= {
-        "norm": replace(base.norm, eps=hf.get("rms_norm_eps", 1e-6)),
+        "norm": replace(base.norm, eps=fits.get("norm.eps", hf.get("rms_norm_eps", 1e-6))),
         "head_dim": per_head if per_head * heads != width else None,
     }
     for name in _OBJECTS.split():
         _check_types(hf.get(name) or {})
-    sizes |= positions_from_hf(hf) | _experts_from_hf(family, hf)
-    return replace(base, bias=bias, **sizes).resolved()
+    assert isinstance(base.mixer, Attention)
+    mixer = base.mixer
+    if mixer.score_dim == per_head:
+        mixer = replace(mixer, score_dim=None)
+    sizes |= layers_from_hf(family, hf, mixer)
+    rope = hf.get("rope_parameters") or {}
+    if f.layers == "bases" and FULL in rope:
+        _check_types(rope[FULL])
+        hf = hf | {"rope_parameters": {"rope_theta": hf.get("rope_theta", 1e4)} | rope[FULL]}
+    fraction = hf["partial_rotary_factor"] if "position.fraction" not in fits else None
+    sizes |= positions_from_hf(hf, fraction) | _experts_from_hf(family, hf)
+    config = replace(base, bias=bias, **sizes).resolved()
+    for path, difference in differences(family, config).items():
+        require(False, path, difference)
+    return config
+
+
+def _from_key(
+    base: ModelConfig, hf: dict[str, Any], key: str, path: str, names: dict[Any, Any] | None
+) -> ModelConfig:
+    """Return the config with the value of a key of Family.keys."""
+    field, _, inner = path.partition(".")
+    value: Any = hf.get(key)
+    if names is not None:
+        value = next(iter(names)) if value is None else value
+        require(isinstance(value, str | bool) and value in names, key, value)
+        value = names[value]
+    if not inner:
+        return replace(base, **{field: value})
+    if value is None:
+        return base
+    part = getattr(base, field)
+    return replace(base, **{field: replace(part, **{inner: value if names else float(value)})})
 
 
 def _check_types(hf: dict[str, Any]) -> None:
@@ -192,8 +225,9 @@ def _check_types(hf: dict[str, Any]) -> None:
 def _of_paths(values: dict[str, Any]) -> ModelConfig:
     """Return the config with these kinds and keys by path, such as mixer and mixer.qk_norm."""
     tree: dict[str, Any] = {}
-    for path, value in values.items():
+    for path, choices in values.items():
         field, _, inner = path.partition(".")
+        value = choices[0] if isinstance(choices, tuple) else choices
         is_part = any(other.startswith(f"{path}.") for other in values)
         if inner or is_part:
             tree.setdefault(field, {})[inner or "kind"] = value
@@ -231,6 +265,13 @@ def _experts_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
             "intermediate_size": experts.width(c),
             "sliding_window": None,
         }
+    if family == "olmoe":
+        return {
+            "num_experts": experts.experts,
+            "num_experts_per_tok": experts.top_k,
+            "intermediate_size": experts.width(c),
+            "norm_topk_prob": experts.renormalise,
+        }
     return {
         "num_experts": experts.experts,
         "num_experts_per_tok": experts.top_k,
@@ -244,19 +285,24 @@ def _experts_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
 def _experts_from_hf(family: str, hf: dict[str, Any]) -> dict[str, Any]:
     """Return the block of experts and its fields: the inverse of _experts_to_hf.
 
-    Mixtral has no mlp_width and does not use one; here it follows the rule for expert_width.
-    Raises ValueError for a variant that is not supported.
+    Mixtral and OLMoE have no mlp_width and do not use one; here it follows the rule for
+    expert_width. Raises ValueError for a variant that is not supported.
     """
     if FAMILIES[family].fits["mlp"] != "moe":
         return {}
     top_k = hf.get("num_experts_per_tok", 2 if family == "mixtral" else 8)
-    number = hf.get("num_experts", hf.get("num_local_experts", 8 if family == "mixtral" else 128))
+    usual = {"mixtral": 8, "olmoe": 64}.get(family, 128)
+    number = hf.get("num_experts", hf.get("num_local_experts", usual))
     require(number * hf["num_hidden_layers"] <= MOST_TENSORS, "number of experts", number)
     block: dict[str, Any] = {"kind": "moe", "experts": number, "top_k": top_k}
     if family == "mixtral":
         only(hf, "sliding_window")
+    if family in ("mixtral", "olmoe"):
         width = hf["intermediate_size"]
-        return {"mlp": block | {"expert_width": width}, "mlp_width": top_k * width}
+        block |= {"expert_width": width}
+        if family == "olmoe":
+            block |= {"renormalise": hf.get("norm_topk_prob", False)}
+        return {"mlp": block, "mlp_width": top_k * width}
     dense = list(hf.get("mlp_only_layers") or [])
     only(hf, "decoder_sparse_step", 1)
     require(dense == list(range(len(dense))), "mlp_only_layers", dense)
@@ -278,7 +324,10 @@ def positions_to_hf(c: ModelConfig) -> dict[str, Any]:
     assert isinstance(c.position, Rotary)
     by, theta = c.position.scaling, c.position.theta
     theta = ntk_theta(c) if isinstance(by, Ntk) else theta
-    longest, scaling = c.max_sequence_length, None  # Apertus scales unless the key says otherwise
+    longest = c.max_sequence_length
+    scaling: dict[str, Any] | None = None  # Apertus scales unless the key says otherwise
+    if isinstance(by, Linear):
+        scaling = {"rope_type": "linear", "factor": by.factor}
     if isinstance(by, Yarn | Llama3):
         original = by.original(c)
         last = original * by.factor if isinstance(by, Yarn) else original
@@ -309,19 +358,25 @@ def positions_to_hf(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-def positions_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+def positions_from_hf(hf: dict[str, Any], fraction: float | None = None) -> dict[str, Any]:
     """Return max_sequence_length and the block of the position: the inverse of positions_to_hf.
 
+    fraction: of each head that rotates, if rope_parameters doesn't say it; None: all, always.
     Raises ValueError for a scaling that is not supported.
     """
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     longest, scaling = hf["max_position_embeddings"], dict[str, Any](kind="none")
     theta = float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    require(kind in ("default", "yarn", "llama3"), "rope_parameters.rope_type", kind)
+    known = ("default", "linear", "yarn", "llama3")
+    require(kind in known, "rope_parameters.rope_type", kind)
     for name, inside in (("", hf), ("rope_parameters.", rope)):
         part = inside.get("partial_rotary_factor")
-        require(part in (None, 1), f"{name}partial_rotary_factor", part)
+        require(fraction is not None or part in (None, 1), f"{name}partial_rotary_factor", part)
+    if fraction is not None:
+        fraction = rope.get("partial_rotary_factor", fraction)
+    if kind == "linear" and rope["factor"] != 1:
+        scaling = {"kind": "linear", "factor": float(rope["factor"])}
     if kind == "yarn":
         original = rope.get("original_max_position_embeddings") or longest
         factor = float(rope.get("factor") or longest / original)
@@ -338,7 +393,7 @@ def positions_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
             require(rope.get(name) == number, f"rope_parameters.{name}", rope.get(name))
         scaling = {"kind": "llama3", "factor": float(rope["factor"])}
         scaling["original_length"] = rope["original_max_position_embeddings"]
-    position = {"kind": "rotary", "theta": theta, "scaling": scaling}
+    position = {"kind": "rotary", "theta": theta, "scaling": scaling, "fraction": fraction}
     return {"max_sequence_length": longest, "position": position}
 
 

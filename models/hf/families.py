@@ -3,21 +3,44 @@
 Invariant: a config that fits a family computes what the family's model in transformers computes.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from forescale.models.config import ModelConfig
+
+# How the layers of a family differ: not at all; all have one window, or none; each has a window or
+# none (`types`), and each of the two a base of rotations (`bases`); some don't rotate.
+Layers = Literal["alike", "window", "types", "bases", "rotation"]
 
 
 @dataclass(frozen=True)
 class Family:
-    """A Hugging Face architecture."""
+    """A Hugging Face architecture.
+
+    fits: the kinds and keys that a config of this family has, by path; a tuple: one of these.
+    outer: our module -> the Hugging Face name; layer: name of a block, with {} for its number;
+    inner: our module within a block -> the Hugging Face name.
+    absent: values of keys that a config.json lacks, where they are not Llama's; from the config
+    classes of transformers. aliases: Llama's key -> the family's. constants: keys with the only
+    value that is computed. keys: further keys -> our path, and what their values are as ours (None:
+    the same number, and null is our default).
+    fused: queries, keys and values are one matrix, in thirds, or in thirds of each head.
+    gains_less_one: a gain of 1 is stored as 0 in them. The difference is exact for gains from 0.5
+    to 2; others are rounded once.
+    """
 
     architecture: str
-    fits: dict[str, Any]  # the kinds and keys that a config of this family has, by path
-    outer: dict[str, str]  # our module -> the Hugging Face name
-    layer: str  # name of a block, with {} for its number
-    inner: dict[str, str]  # our module within a block -> the Hugging Face name
+    fits: dict[str, Any]
+    outer: dict[str, str]
+    layer: str
+    inner: dict[str, str]
+    absent: dict[str, Any] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, tuple[str, dict[Any, Any] | None]] = field(default_factory=dict)
+    layers: Layers = "alike"
+    fused: Literal["", "thirds", "heads"] = ""
+    gains_less_one: bool = False
 
 
 _LLAMA_INNER = {
@@ -40,86 +63,219 @@ _PLAIN = {
     "mixer.gate": "none",
     "mixer.value_residual": 0.0,
     "mixer.token_shift": False,
+    "mixer.score_dim": None,
     "causal": True,
     "encoder_layers": 0,
     "norm.placement": "pre",
     "norm.embedding": False,
     "head": "linear",
     "head.softcap": 0.0,
+    "head.bias": False,
     "value_embedding": 0,
     "bigram_rows": 0,
     "scale_embedding": False,
 }
 _ROTARY = _PLAIN | {"position": "rotary", "position.fraction": 1.0, "norm": "rmsnorm"}
+_DENSE = {"mlp": "swiglu", "mixer.qk_norm": "none"}
 _EXPERTS = {"mlp": "moe", "bias": False, "mlp.scores": "softmax", "mlp.shared": 0}
+_RATIOS = {"num_kv_heads": "num_heads", "head_dim": "width / num_heads"}
 _POST_NORMS = {"mixer_post_norm": "post_attention_layernorm"}
 _POST_NORMS |= {"mlp_post_norm": "post_feedforward_layernorm"}
+_WINDOWS = {"mixer": ("attention", "window")}
+_OLMO2 = {"mlp": "swiglu", "norm.placement": "post", "mixer.qk_norm": "layer", "bias": False}
+_GEMMA = {"mlp": "geglu", "scale_embedding": True, "bias": False}
+_GEMMA_ACT = {"hidden_act": ("mlp", {"gelu_pytorch_tanh": "geglu", "gelu": "geglu"})}
+_PLAIN_ACT = {
+    "hidden_act": (
+        "mlp",
+        {
+            "gelu_new": "gelu",
+            "gelu": "gelu_exact",
+            "gelu_fast": "gelu",
+            "gelu_pytorch_tanh": "gelu",
+            "relu": "relu",
+        },
+    )
+}
+_LAYERNORM = {"norm": "layernorm", "norm.gain": True, "bias": True}
+_BIASED = _LAYERNORM | {"mlp": ("gelu", "gelu_exact", "relu")}
+_EPS_OF_LAYERNORM = {"rms_norm_eps": "layer_norm_eps"}
 
 
 def _llama_like(
-    architecture: str, fits: dict[str, Any], inner: dict[str, str], without: tuple[str, ...] = ()
+    architecture: str,
+    fits: dict[str, Any],
+    inner: dict[str, str],
+    without: tuple[str, ...] = (),
+    outer: dict[str, str] | None = None,
+    **options: Any,
 ) -> Family:
     """Return a family with Llama's names and `inner`. without: keys that it does not fix, and
     modules that it does not have."""
     names = {name: of_hf for name, of_hf in (_LLAMA_INNER | inner).items() if name not in without}
     fixed = {k: v for k, v in (_ROTARY | fits).items() if k not in without}
-    return Family(architecture, fixed, _LLAMA_OUTER, "model.layers.{}", names)
+    places = {k: v for k, v in (_LLAMA_OUTER | (outer or {})).items() if k not in without}
+    return Family(architecture, fixed, places, "model.layers.{}", names, **options)
 
 
 FAMILIES = {
-    "llama": _llama_like("LlamaForCausalLM", {"mlp": "swiglu", "mixer.qk_norm": "none"}, _GATE),
+    "llama": _llama_like("LlamaForCausalLM", _DENSE, _GATE),
+    "mistral": _llama_like(
+        "MistralForCausalLM",
+        _DENSE | _WINDOWS | {"bias": False},
+        _GATE,
+        absent={"num_key_value_heads": 8, "sliding_window": 4096},
+        layers="window",
+    ),
+    "smollm3": _llama_like(
+        "SmolLM3ForCausalLM",
+        _DENSE,
+        _GATE,
+        absent={"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
+        layers="rotation",
+    ),
     "qwen2": _llama_like(
         "Qwen2ForCausalLM",
-        {"mlp": "swiglu", "mixer.qk_norm": "none", "bias": False, "mixer.qkv_bias": True},
+        _DENSE | {"bias": False, "mixer.qkv_bias": True},
         _GATE,
+        absent={"num_key_value_heads": 32},
     ),
     "qwen3": _llama_like(
         "Qwen3ForCausalLM",
         {"mlp": "swiglu", "mixer.qk_norm": "head", "bias": False},
         _GATE | _QK_NORM,
+        absent={"num_key_value_heads": 32, "head_dim": 128},
     ),
-    "arcee": _llama_like("ArceeForCausalLM", {"mlp": "relu2", "mixer.qk_norm": "none"}, {}),
+    "arcee": _llama_like(
+        "ArceeForCausalLM",
+        {"mlp": "relu2", "mixer.qk_norm": "none"},
+        {},
+        absent={"rms_norm_eps": 1e-5, "hidden_act": "relu2"},
+    ),
     "apertus": _llama_like(
         "ApertusForCausalLM",
         {"mlp": "relu2", "mixer.qk_norm": "head", "bias": False},
         _QK_NORM | {"mixer_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"},
+        absent={"rope_theta": 12e6, "rms_norm_eps": 1e-5, "hidden_act": "xielu"},
+    ),
+    "olmo": _llama_like(
+        "OlmoForCausalLM",
+        _DENSE
+        | {"norm": "layernorm", "norm.gain": False, "norm.eps": 1e-5, "bias": False}
+        | {"parametrization": "standard"},
+        _GATE,
+        without=("mixer_norm", "mlp_norm"),
+        constants={"clip_qkv": None},
     ),
     "olmo2": _llama_like(
         "Olmo2ForCausalLM",
-        {"mlp": "swiglu", "norm.placement": "post", "mixer.qk_norm": "layer", "bias": False},
+        _OLMO2,
         _GATE | _QK_NORM | _POST_NORMS,
         without=("mixer_norm", "mlp_norm"),
+        absent={"rms_norm_eps": 1e-5},
+    ),
+    "olmo3": _llama_like(
+        "Olmo3ForCausalLM",
+        _OLMO2 | _WINDOWS,
+        _GATE | _QK_NORM | _POST_NORMS,
+        without=("mixer_norm", "mlp_norm"),
+        absent={"rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096}
+        | {"sliding_window_pattern": 4},
+        layers="bases",
+    ),
+    "gemma": _llama_like(
+        "GemmaForCausalLM",
+        _GEMMA | {"mixer.qk_norm": "none"},
+        _GATE,
+        absent={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True}
+        | {"hidden_act": "gelu_pytorch_tanh"},
+        constants={"use_bidirectional_attention": False},
+        keys=_GEMMA_ACT,
+        gains_less_one=True,
     ),
     "gemma3_text": _llama_like(
         "Gemma3ForCausalLM",
-        {
-            "mlp": "geglu",
-            "norm.placement": "sandwich",
-            "mixer.qk_norm": "head",
-            "scale_embedding": True,
-            "bias": False,
-        },
+        _GEMMA | _WINDOWS | {"norm.placement": "sandwich", "mixer.qk_norm": "head"},
         _GATE | _QK_NORM | _POST_NORMS | {"mlp_norm": "pre_feedforward_layernorm"},
-        without=("head.softcap",),
+        without=("head.softcap", "mixer.score_dim"),
+        absent={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True}
+        | {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window": 4096}
+        | {"sliding_window_pattern": 6, "query_pre_attn_scalar": 256}
+        | {"hidden_act": "gelu_pytorch_tanh"},
+        aliases={"hidden_act": "hidden_activation"},
+        constants={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
+        keys=_GEMMA_ACT
+        | {"final_logit_softcapping": ("head.softcap", None)}
+        | {"query_pre_attn_scalar": ("mixer.score_dim", None)},
+        layers="bases",
+        gains_less_one=True,
     ),
     "mixtral": _llama_like(
         "MixtralForCausalLM",
         _EXPERTS | {"mixer.qk_norm": "none", "mlp.renormalise": True, "mlp.dense_layers": 0},
         {},
+        absent={"num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
     ),
-    "qwen3_moe": _llama_like("Qwen3MoeForCausalLM", _EXPERTS | {"mixer.qk_norm": "head"}, _QK_NORM),
+    "qwen3_moe": _llama_like(
+        "Qwen3MoeForCausalLM",
+        _EXPERTS | {"mixer.qk_norm": "head"},
+        _QK_NORM,
+        absent={"num_key_value_heads": 4},
+    ),
+    "olmoe": _llama_like(
+        "OlmoeForCausalLM",
+        _EXPERTS | {"mixer.qk_norm": "layer", "mlp.dense_layers": 0},
+        _QK_NORM,
+        absent={"rms_norm_eps": 1e-5},
+        constants={"clip_qkv": None},
+    ),
+    "phi": _llama_like(
+        "PhiForCausalLM",
+        _BIASED
+        | {"norm.placement": "shared", "mixer.qk_norm": "none", "head.bias": True}
+        | {"tie_embeddings": False},
+        {"mixer.output": "self_attn.dense", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"},
+        without=("position.fraction", "mlp_norm"),
+        outer={"norm": "model.final_layernorm"},
+        absent={"rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5, "hidden_act": "gelu_new"},
+        aliases=_EPS_OF_LAYERNORM,
+        constants={"qk_layernorm": False},
+        keys=_PLAIN_ACT,
+    ),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM",
+        {k: v for k, v in _ROTARY.items() if k != "position.fraction"}
+        | _BIASED
+        | _RATIOS
+        | {"norm.placement": ("parallel", "pre"), "mixer.qk_norm": "none"},
+        {
+            "embedding": "gpt_neox.embed_in",
+            "norm": "gpt_neox.final_layer_norm",
+            "head": "embed_out",
+        },
+        "gpt_neox.layers.{}",
+        {
+            "mixer_norm": "input_layernorm",
+            "mixer.qkv": "attention.query_key_value",
+            "mixer.output": "attention.dense",
+            "mlp_norm": "post_attention_layernorm",
+            "mlp.up": "mlp.dense_h_to_4h",
+            "mlp.down": "mlp.dense_4h_to_h",
+        },
+        absent={"rms_norm_eps": 1e-5, "partial_rotary_factor": 0.25, "hidden_act": "gelu"}
+        | {"use_parallel_residual": True},
+        aliases=_EPS_OF_LAYERNORM
+        | {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+        keys=_PLAIN_ACT
+        | {"use_parallel_residual": ("norm.placement", {True: "parallel", False: "pre"})},
+        fused="heads",
+    ),
     "gpt2": Family(
         "GPT2LMHeadModel",
         _PLAIN
-        | {
-            "position": "learned",
-            "norm": "layernorm",
-            "mlp": "gelu",
-            "bias": True,
-            "mixer.qk_norm": "none",
-            "num_kv_heads": "num_heads",
-            "head_dim": "width / num_heads",
-        },
+        | _RATIOS
+        | _LAYERNORM
+        | {"position": "learned", "mlp": "gelu", "mixer.qk_norm": "none"},
         {
             "embedding": "transformer.wte",
             "position": "transformer.wpe",
@@ -135,12 +291,10 @@ FAMILIES = {
             "mlp.up": "mlp.c_fc",
             "mlp.down": "mlp.c_proj",
         },
+        absent={"tie_word_embeddings": True},
+        fused="thirds",
     ),
 }
-
-# A gain of 1 is stored as 0 in these. The difference is exact for gains from 0.5 to 2; others are
-# rounded once.
-GAINS_BESIDE_ONE = ("gemma3_text",)
 
 
 def module_names(family: str, config: ModelConfig) -> dict[str, str]:

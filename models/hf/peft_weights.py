@@ -1,8 +1,8 @@
 """Adapters in the format of the library peft, for the Hugging Face model of an export.
 
 Invariant: with the weights of to_hf they compute what our adapters compute with our weights. Where
-a Hugging Face matrix is several of ours (GPT-2), its adapter has the sum of their ranks: the
-matrices A one under another, and B with a block for each.
+a Hugging Face matrix is several of ours (GPT-2, GPT-NeoX), its adapter has the sum of their ranks:
+the matrices A one under another, and B with a block for each.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from torch import Tensor
 from forescale.models.adapters import adapter_of, is_adapter
 from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
-from forescale.models.hf.families import module_names
+from forescale.models.hf.families import FAMILIES, module_names
 from forescale.models.hf.pieces import FUSED
 from forescale.models.parametrization import folds
 
@@ -56,7 +56,7 @@ def _pairs(
         if not is_adapter(name) or module == name or module in done:
             continue
         block, _, last = module.rpartition(".")
-        if family != "gpt2" or last not in FUSED:
+        if not (fused := FAMILIES[family].fused) or last not in FUSED:
             down, up = adapter_of(f"{module}.weight")
             yield module, state[down], state[up] * by.get(f"{module}.weight", 1.0)
             continue
@@ -67,4 +67,8 @@ def _pairs(
             (down, up), (rows, columns) = adapter_of(weight), sizes[weight]
             downs.append(state.get(down, torch.zeros(0, columns)))
             ups.append(state.get(up, torch.zeros(rows, 0)) * by.get(weight, 1.0))
-        yield f"{block}.qkv", torch.cat(downs), torch.block_diag(*ups)
+        whole = torch.block_diag(*ups)
+        if fused == "heads":
+            of_heads = whole.unflatten(0, (3, config.sizes.num_heads, -1))
+            whole = of_heads.transpose(0, 1).flatten(0, 2)
+        yield f"{block}.qkv", torch.cat(downs), whole

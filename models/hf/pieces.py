@@ -16,11 +16,11 @@ from torch import Tensor
 from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
 from forescale.models.hf.config_json import config_from_hf
-from forescale.models.hf.families import FAMILIES, GAINS_BESIDE_ONE, module_names
+from forescale.models.hf.families import FAMILIES, module_names
 
-FUSED = ("query", "key", "value")  # GPT-2 has them in one matrix, in this order
+FUSED = ("query", "key", "value")  # some families have them in one matrix, in this order
 # Constants that older files hold.
-_CONSTANT = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
+_CONSTANT = re.compile(r"\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Piece:
     """A contiguous part of our parameter `name`: `shape`, from element `start` on.
 
     In the Hugging Face tensor `source`, transposed if `is_turned`, it is `part` (i, n): the i-th of
-    n equal parts of the rows. `added`: what the import adds to each number.
+    n equal parts of the rows, or of those of each of `heads`. `added`: what the import adds to each
+    number.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Piece:
     part: tuple[int, int] = (0, 1)
     is_turned: bool = False
     added: float = 0.0
+    heads: int = 1
 
     def taken(self, source: Tensor) -> Tensor:
         """Return the piece of `source`, contiguous, in its number format, or in fp32 if something
@@ -49,7 +51,10 @@ class Piece:
             problem = f"the weight {self.source} is {list(source.shape)}"
             raise ValueError(f"{problem}, and {list(expected)} by config.json.")
         part = source.T if self.is_turned else source
-        part = part.narrow(0, index * self.shape[0], self.shape[0])
+        if self.heads > 1:
+            part = part.unflatten(0, (self.heads, count, -1))[:, index].flatten(0, 1)
+        else:
+            part = part.narrow(0, index * self.shape[0], self.shape[0])
         return (part.float() + self.added if self.added else part).contiguous()
 
 
@@ -73,6 +78,8 @@ def exported(
                 tensor = whole[piece.start // math.prod(piece.shape)].clone()  # files hold no views
             tensors.append(tensor - piece.added if piece.added else tensor)
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        if (heads := pieces[0].heads) > 1:
+            tensor = tensor.unflatten(0, (len(tensors), heads, -1)).transpose(0, 1).flatten(0, 2)
         yield source, tensor.T.contiguous() if pieces[0].is_turned else tensor
 
 
@@ -122,7 +129,7 @@ def _others(names: list[str]) -> str:
 
 def _pieces(family: str, config: ModelConfig) -> Iterable[Piece]:
     """Yield the pieces of all parameters, with the names that an export gives the tensors."""
-    names = module_names(family, config)
+    names, f = module_names(family, config), FAMILIES[family]
     for name, shape in shapes(config).items():
         module, _, leaf = name.rpartition(".")
         block, _, last = module.rpartition(".")
@@ -131,11 +138,12 @@ def _pieces(family: str, config: ModelConfig) -> Iterable[Piece]:
             for e in range(shape[0]):
                 source = f"{names[f'{module}.{e}']}.{leaf}"
                 yield Piece(name, e * size, shape[1:], source)
-        elif family == "gpt2":
-            part = (FUSED.index(last), 3) if last in FUSED else (0, 1)
-            module = f"{block}.qkv" if last in FUSED else module
-            turned = name.startswith("blocks.") and len(shape) == 2  # kept as (in, out)
-            yield Piece(name, 0, shape, f"{names[module]}.{leaf}", part, turned)
         else:
-            is_gain = family in GAINS_BESIDE_ONE and module.endswith("norm")
-            yield Piece(name, 0, shape, f"{names[module]}.{leaf}", added=float(is_gain))
+            part = (FUSED.index(last), 3) if f.fused and last in FUSED else (0, 1)
+            module = f"{block}.qkv" if part[1] > 1 else module
+            # GPT-2 keeps them as (in, out).
+            turned = family == "gpt2" and name.startswith("blocks.") and len(shape) == 2
+            added = float(f.gains_less_one and module.endswith("norm"))
+            heads = config.sizes.num_heads if f.fused == "heads" and part[1] > 1 else 1
+            source = f"{names[module]}.{leaf}"
+            yield Piece(name, 0, shape, source, part, turned, added, heads)

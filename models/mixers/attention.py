@@ -1,6 +1,7 @@
 """Softmax attention, and attention to an encoder's output; their modules are in
 attention_module.py."""
 
+import math
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import TYPE_CHECKING, Literal
@@ -79,6 +80,11 @@ class Attention(Softmax):
     token_shift: bool = False
     # Share of the first layer's values in the values of each later layer (ResFormer: 0.5); 0: none.
     value_residual: float = 0.0
+    # Base of the rotations in the layers of this mixer, without scaling, where it is not that of
+    # the position (Gemma 3: 10000 in its windows); 0: no rotation (SmolLM3); None: the position's.
+    theta: float | None = None
+    # Scores are divided by the square root of this instead of head_dim's (Gemma 2); None: head_dim.
+    score_dim: float | None = None
 
     kind = "attention"
     module = "forescale.models.mixers.attention_module.Attention"
@@ -97,15 +103,25 @@ class Attention(Softmax):
         return self.value_residual
 
     def problems(self) -> list[Problem]:
-        if 0 <= self.value_residual < 1:
-            return []
-        problem = f"{self.value_residual} is no part of a layer's values"
-        return [("value_residual", problem, "give above 0 and below 1, or 0 for none")]
+        problems: list[Problem] = []
+        if not 0 <= self.value_residual < 1:
+            problem = f"{self.value_residual} is no part of a layer's values"
+            problems.append(("value_residual", problem, "give above 0 and below 1, or 0 for none"))
+        if self.theta is not None and not 0 <= self.theta < math.inf:
+            problems.append(
+                ("theta", f"{self.theta} is no base", "give more, or 0 for no rotation")
+            )
+        if self.score_dim is not None and not 0 < self.score_dim < math.inf:
+            problems.append(("score_dim", "must be above 0", "leave it out for head_dim"))
+        return problems
 
     def problems_in(self, sized: "ModelConfig", longest: int | None) -> list[Problem]:
         problems: list[Problem] = []
         if self.qkv_bias and sized.bias:
             problems.append(("qkv_bias", "bias=true has these biases already", "leave one out"))
+        if self.theta is not None and (sized.has_encoder or sized.position.kind != "rotary"):
+            problem = "is for rotary positions of a decoder or an encoder alone"
+            problems.append(("theta", problem, "leave it out"))
         if self.token_shift and sized.has_encoder:
             problem = "is for a decoder or an encoder alone"
             problems.append(("token_shift", problem, "leave it out, or leave out encoder_layers"))

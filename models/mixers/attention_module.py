@@ -145,6 +145,8 @@ class Attention(nn.Module):
         self.dividing: TensorGroup | None = None  # the ranks that divide the heads
         bias, scale = config.bias, scales(config)
         self.scale, std = scale.attention, scale.hidden_std
+        if part.score_dim is not None:
+            self.scale *= (s.head_dim / part.score_dim) ** 0.5
         reading = bias or part.qkv_bias
         self.query = Linear(s.width, s.heads_width, reading, std)
         self.key = Linear(s.width, s.kv_width, reading, std)

@@ -32,6 +32,13 @@ class Unscaled(Part):
 
 
 @dataclass(frozen=True)
+class Linear(Scaling):
+    """All frequencies are divided."""
+
+    kind = "linear"
+
+
+@dataclass(frozen=True)
 class Ntk(Scaling):
     """A larger base."""
 
@@ -66,7 +73,7 @@ class Llama3(FromLength):
     kind = "llama3"
 
 
-SCALINGS = registry(Unscaled, Ntk, Yarn, Llama3)
+SCALINGS = registry(Unscaled, Linear, Ntk, Yarn, Llama3)
 
 
 @dataclass(frozen=True)

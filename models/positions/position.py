@@ -49,13 +49,17 @@ def positions_of(
 
 
 def rotation(
-    positions: Tensor, config: ModelConfig, constants: dict[str, Any] | None = None
+    positions: Tensor,
+    config: ModelConfig,
+    constants: dict[str, Any] | None = None,
+    theta: float | None = None,
 ) -> Rotation:
     """Return the rotation at each position: (...) -> cos, sin, each (..., 1, R/2), fp32, where R is
-    config.rotary_width. constants: where decoding keeps the frequencies from token to token."""
+    config.rotary_width. constants: where decoding keeps the frequencies from token to token. theta:
+    a base without scaling, instead of the config's."""
     cached = {} if constants is None else constants
     if "frequencies" not in cached:
-        cached["frequencies"] = frequencies(config, positions.device)
+        cached["frequencies"] = frequencies(config, positions.device, theta)
     by, length = cached["frequencies"]
     angles = (positions[..., None].float() * by)[..., None, :]
     turn = angles.cos(), angles.sin()

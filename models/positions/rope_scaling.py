@@ -11,16 +11,20 @@ import torch
 from torch import Tensor
 
 from forescale.models.config import ModelConfig
-from forescale.models.positions.kinds import Llama3, Ntk, Rotary, Yarn
+from forescale.models.positions.kinds import Linear, Llama3, Ntk, Rotary, Yarn
 
 BETA_FAST, BETA_SLOW = 32, 1  # YaRN, section 3.2: rotations within the original length
 MOST, LEAST = 4, 1  # the same of llama3: high_freq_factor and low_freq_factor in Llama 3.1 to 3.3
 
 
-def frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, float]:
+def frequencies(
+    config: ModelConfig, device: torch.device, theta: float | None = None
+) -> tuple[Tensor, float]:
     """Return the angle per position of each pair, (K/2,) fp32, and the factor of cosine and sine.
+    theta: a base without scaling, instead of the config's.
 
     `none`: theta^(-2i/K), and 1 (Su et al. 2021, arXiv 2104.09864).
+    `linear`: divided by the factor (Chen et al. 2023, arXiv 2306.15595).
     `ntk`: the same with theta * factor^(K / (K - 2)), so that the lowest frequency is divided by
     the factor and the highest stays (bloc97's NTK-aware scaling; Peng et al. 2023, arXiv
     2309.00071, definition 1).
@@ -36,9 +40,13 @@ def frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, floa
     size = config.rotary_width
     position = _rotary(config)
     scaling = position.scaling
-    theta = ntk_theta(config) if isinstance(scaling, Ntk) else position.theta
+    base = ntk_theta(config) if isinstance(scaling, Ntk) else position.theta
     even = torch.arange(0, size, 2, dtype=torch.float32, device=device)
-    plain = 1.0 / theta ** (even / size)
+    plain = 1.0 / (base if theta is None else theta) ** (even / size)
+    if theta is not None:
+        return plain, 1.0
+    if isinstance(scaling, Linear):
+        return plain / scaling.factor, 1.0
     if isinstance(scaling, Llama3):
         rotations = scaling.original(config) / (2 * math.pi / plain)
         share = ((rotations - LEAST) / (MOST - LEAST)).clamp(0, 1)

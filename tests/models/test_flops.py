@@ -56,6 +56,9 @@ VARIANTS += [
     ),
     changed(BASE, mtp_layers=2, bigram_rows=31, tie_embeddings=True, norm="layernorm", bias=True),
     changed(BASE, mtp_layers=1, mlp="moe", parametrization="completep"),
+    changed(BASE, norm__placement="parallel", norm="layernorm", bias=True, head__bias=True),
+    changed(BASE, norm__placement="shared", head__bias=True, tie_embeddings=True, mlp="moe"),
+    changed(BASE, norm="layernorm", norm__gain=False, bias=True, mixer__theta=0.0),
 ]
 # Those whose outer parts differ from the others'.
 OUTER = [
@@ -68,7 +71,7 @@ OUTER = [
 
 
 # Every third variant meets every pair of choices.
-SOME = VARIANTS if FULL else [*VARIANTS[:-8:3], *VARIANTS[-8:]]
+SOME = VARIANTS if FULL else [*VARIANTS[:-11:3], *VARIANTS[-11:]]
 
 
 def test_parameters_of_every_variant():
@@ -80,16 +83,19 @@ def test_parameters_of_every_variant():
             return sum(n for name, n in sizes.items() if name.startswith(prefix))
 
         assert counts.total == sum(sizes.values())
-        assert counts.embedding == under("embedding.")
+        assert counts.embedding == under("embedding.weight")
         assert counts.tables == under("bigrams.") + under("value_embeddings.")
         assert counts.position == under("position.") + under("relative_position.")
         assert counts.blocks == under("blocks.")
-        assert counts.non_embedding == under("blocks.") + under("norm.")
+        biases = sizes.get("embedding.bias", 0) + sizes.get("head.bias", 0)
+        assert counts.non_embedding == under("blocks.") + under("norm.") + biases
+        assert counts.transform == biases
         assert counts.mtp == under("mtp.")
-        assert counts.head == (under("embedding.") if config.tie_embeddings else under("head."))
+        table = "embedding.weight" if config.tie_embeddings else "head.weight"
+        assert counts.head == sizes[table]
         idle = counts.total - counts.mtp - counts.active
         assert (idle > 0) == (config.mlp.is_routed)
-        assert flops_6n(config) == 6 * (counts.blocks + counts.head - idle)
+        assert flops_6n(config) == 6 * (counts.blocks + counts.head + biases - idle)
 
 
 def test_shapes_are_those_of_the_model_in_its_order():

@@ -84,6 +84,9 @@ CHANGES = [
     dict(mlp="gelu", mlp__chunk=16, mtp_layers=1),
     dict(mlp__chunk=512),
     dict(causal=False),
+    dict(norm__placement="parallel", norm="layernorm", bias=True, head__bias=True),
+    dict(norm__placement="shared", mixer__theta=0.0),
+    dict(norm="layernorm", norm__gain=False),
 ]
 
 

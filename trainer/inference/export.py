@@ -68,7 +68,8 @@ def export(view: RunView, checkpoint: Checkpoint, to: Path, dtype: str = "fp32")
     kind = _DTYPES[dtype]
     stored = checkpoint.weights().shapes  # with buffers
     checkpoint.expect_shapes({**stored, **shapes(model.resolved())}, merged=True)
-    config, tensors = to_hf(model, checkpoint.weights())
+    imported = view.run.read_imported()[CONFIG] if view.run.imported.is_file() else {}
+    config, tensors = to_hf(model, checkpoint.weights(), imported.get("model_type"))
     config["dtype"] = str(kind).removeprefix("torch.")
     with _new_directory(to) as stage:
         for name, content in _small_files(view, config).items():

@@ -1,0 +1,74 @@
+"""Which family a config fits, and what stands in the way of the others."""
+
+from typing import Any
+
+from forescale.models.config import ModelConfig
+from forescale.models.hf.families import FAMILIES
+from forescale.models.part import Part
+
+
+def family_of(config: ModelConfig, prefer: str | None = None) -> str:
+    """Return the family of a resolved config; of several that fit `prefer`, or the first. Raises
+    ValueError, which names the nearest family, if none fits."""
+    if prefer in FAMILIES and not differences(prefer, config):
+        return prefer
+    differing = {name: differences(name, config) for name in FAMILIES}
+    # Of equally near families, one with the same MLP.
+    nearest = min(differing, key=lambda name: (len(differing[name]), "mlp" in differing[name]))
+    if not differing[nearest]:
+        return nearest
+    raise ValueError(
+        f"No Hugging Face architecture fits this model; the nearest, "
+        f"{FAMILIES[nearest].architecture}, has {', '.join(differing[nearest].values())}."
+    )
+
+
+def differences(family: str, config: ModelConfig) -> dict[str, str]:
+    """Return what of a resolved config does not fit a family, in words, by path."""
+    fits, s = dict(FAMILIES[family].fits), config.sizes
+    if "num_kv_heads" in fits:
+        fits["num_kv_heads"] = config.num_heads
+    values = {path: _values(config, path) for path in fits}
+    if "head_dim" in fits:
+        values["head_dim"], fits["head_dim"] = [s.head_dim], s.width // s.num_heads
+    differing: dict[str, str] = {}
+    for path, different in values.items():
+        choices = fits[path] if isinstance(fits[path], tuple) else (fits[path],)
+        if not {*different} <= {*choices, ...}:
+            typed = " or ".join(map(_typed, choices))
+            differing[path] = f"{path}={typed} (not {', '.join(map(_typed, different))})"
+    if "mixer" not in differing and (problem := _of_layers(family, config)):
+        differing["mixer_pattern"] = problem
+    return differing
+
+
+def _of_layers(family: str, config: ModelConfig) -> str:
+    """Return how the layers differ in a way that the family's don't, "" if they don't."""
+    kinds: dict[str, set[Any]] = {}
+    for mixer in config.mixers:
+        kinds.setdefault(mixer.kind, set()).add(mixer)
+    if not {*_values(config, "mixer.global_tokens")} <= {0, ...}:
+        return "mixer.global_tokens=0"
+    rule, thetas = FAMILIES[family].layers, {*_values(config, "mixer.theta")}
+    if rule == "rotation":
+        return "" if thetas <= {None, 0} else "mixer.theta=0 or none, and no other base"
+    if thetas != {None} and (rule != "bases" or 0 in thetas):
+        return f"no mixer.theta={', '.join(_typed(t) for t in thetas if t is not None)}"
+    if rule in ("types", "bases"):
+        return "" if all(len(of) == 1 for of in kinds.values()) else "one width of all windows"
+    return "" if rule == "alike" or len(kinds) == 1 else "the same mixer in each layer"
+
+
+def _values(config: ModelConfig, path: str) -> list[Any]:
+    """Return the different values of a key, or the words of a part; `...` of a chosen part that
+    lacks the key."""
+    field, _, inner = path.partition(".")
+    values = [*dict.fromkeys(config.mixers)] if field == "mixer" else [getattr(config, field)]
+    if isinstance(values[0], Part) and not inner:
+        return [*dict.fromkeys(part.kind for part in values)]
+    return [*dict.fromkeys(getattr(value, inner, ...) if inner else value for value in values)]
+
+
+def _typed(value: Any) -> str:
+    """Return a value of a config as a user types it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
