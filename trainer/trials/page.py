@@ -45,7 +45,7 @@ def write(campaign: Campaign, answers: Sequence[Answer], path: Path) -> None:
 def table_of(answers: Sequence[Answer]) -> Section:
     """Return the leaderboard: the answers, the best gain first."""
     head = ["trial", "attempt", "answer", "gain", f"{LEVEL:.0%} at any time", "pairs"]
-    rows: list[list[Cell]] = [[*head, *_FACTORS, "FLOPs", "change"]]
+    rows: list[list[Cell]] = [[*head, *_FACTORS, "FLOPs"]]
     order = {"better": 0, "not yet known": 1, "no better": 2}
     gain = lambda a: -a.verdict.gain if a.verdict else 0.0  # noqa: E731
     for a in sorted(answers, key=lambda a: (order.get(a.word, 3), gain(a))):
@@ -57,9 +57,9 @@ def table_of(answers: Sequence[Answer]) -> Section:
         pairs = "+".join(str(v.pairs) for v in a.verdicts.values()) or "0"
         rows.append([a.row["name"], str(a.row["number"]), a.word,
                      percent(v.gain, sign="+") if v else "-", ends, pairs, *factors,
-                     number(a.flops, 3), code(" ".join(a.row["change"]))])  # fmt: skip
+                     number(a.flops, 3)])  # fmt: skip
     return Section(
-        "trials", "Trials", rows=rows, head=True, columns="last",
+        "trials", "Trials", rows=rows, head=True,
         after=[
             "Gain: of log loss, base over change, of pairs with one seed and one order of the "
             "text. Pairs: of the first seeds + fresh seeds + larger size. Compute, seconds, "
