@@ -35,7 +35,7 @@ from forescale.trials.fairness import (
 )
 from forescale.trials.judge import judged
 from forescale.trials.own_code import copy_code
-from forescale.trials.verdict import Verdict, threshold, verdict
+from forescale.trials.verdict import Verdict, spread, threshold, verdict
 
 Stage = Literal["first", "fresh", "larger"]
 STAGES: tuple[Stage, ...] = ("first", "fresh", "larger")
@@ -306,7 +306,10 @@ class Trial:
         if len(losses) < self._noise_runs:
             return
         noise = float(np.std(np.log(losses), ddof=1))
-        deviation = noise * math.sqrt(2)  # of a gain, if pairs of one seed share nothing
+        known = ledger.of("pair", stage="first")
+        gains = [[row["gain"] for row in known if row["attempt"] == k] for k in range(number)]
+        measured = spread(gains)  # without it, as if two runs of one seed shared no noise
+        deviation = measured or noise * math.sqrt(2)  # of a gain
         gain = -math.log1p(-self.row["gain"])
         shows = power(gain, deviation, most, self.needed("first")) if noise else None
         facts = {"share": shows.share if shows else 1.0, "median": shows.pairs if shows else 2}
@@ -316,7 +319,8 @@ class Trial:
         if shows is None:
             return
         runs, size = f"{most} pairs, {2 * most} runs", f"{self.row['gain']:.2%}"
-        log(f"{self.name}: with {runs}, a gain of {size} is found in {shows.share:.0%} of trials.")
+        share = f"{'' if measured else 'at least '}{shows.share:.0%}"
+        log(f"{self.name}: with {runs}, a gain of {size} is found in {share} of trials.")
         if shows.share < _SHARE:
             for pairs in (2 * most, 4 * most, 8 * most):
                 if power(gain, deviation, pairs, self.needed("first")).share >= _SHARE:

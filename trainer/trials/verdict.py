@@ -64,6 +64,15 @@ class Verdict:
         return f"Gain {self.gain:+.2%} of the loss ({span}) {pairs}."
 
 
+def spread(gains: Sequence[Sequence[float]]) -> float | None:
+    """Return the standard deviation of a gain about the mean of its trial, from those of several
+    trials; None with fewer than two degrees of freedom, or where none differs."""
+    trials = [np.asarray(x, dtype=np.float64) for x in gains if len(x)]
+    freedom = sum(len(x) - 1 for x in trials)
+    squares = sum(float(((x - x.mean()) ** 2).sum()) for x in trials)
+    return math.sqrt(squares / freedom) or None if freedom >= 2 else None
+
+
 def verdict(gains: Sequence[float], smallest: float, needed: float, alpha: float) -> Verdict:
     """Return the verdict after these gains. smallest: of log loss, worth having; needed: the
     e-value of better. The first of the two that was shown decides."""

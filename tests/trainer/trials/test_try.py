@@ -54,7 +54,9 @@ def test_a_null_change_is_no_better_and_a_small_one_not_yet_known_until_it_has_m
     assert "base-half-s1" not in Simulated.names, "only a better change needs its factor"
 
     Simulated.gains = {"relu": 0.008}
+    assert "is found in at least " in out, "two runs of one seed may share noise"
     _, out, _ = tried("relu", "pairs=3", "--", "model.mlp=relu2")
+    assert "is found in at least " not in out, "the first trial's pairs show how they differ"
     assert "relu: not yet known (more pairs can tell)." in out
     before = len(rows("pair"))
     _, out, _ = tried("relu", "pairs=40")

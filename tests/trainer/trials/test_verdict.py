@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from forescale.trials.verdict import threshold, verdict
+from forescale.trials.verdict import spread, threshold, verdict
 
 
 def campaign(rng, gains, alpha=0.05, pairs=12):
@@ -52,3 +52,10 @@ def test_the_verdict_is_that_of_the_first_pair_that_showed_one():
     assert early.word == "better"
     assert verdict([*gains, -0.5, -0.5], 0.01, 40, 0.05) == early, "later pairs change nothing"
     assert verdict([], 0.01, 40, 0.05).word == "not yet known"
+
+
+def test_the_spread_of_pairs_is_about_the_mean_of_each_trial():
+    rng = np.random.default_rng(5)
+    draws = rng.standard_normal((50, 4)) * 0.004 + rng.standard_normal((50, 1))
+    assert spread([*draws, []]) == pytest.approx(0.004, rel=0.1)
+    assert spread([[0.1], [0.2, 0.3]]) is None
