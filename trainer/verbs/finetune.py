@@ -24,6 +24,7 @@ from forescale.data.conversations.prepare import (
     has_preferences,
     prepare_conversations,
 )
+from forescale.data.conversations.rows import unit_of
 from forescale.data.dataset import Dataset
 from forescale.ground.console import progress_display
 from forescale.ground.document import tell_line
@@ -54,9 +55,11 @@ class FinetuneJob(TrainJob):
     TARGET: ClassVar[str] = "run.from.run"
     TYPED: ClassVar[Mapping[str, str]] = {"data": "file"}
 
-    # the examples, typed as data=FILE.jsonl: lines {"prompt": TEXT, "response": TEXT} or
-    # {"messages": [{"role": "user", "content": TEXT}, ...]}, or preferences, lines {"prompt": TEXT,
-    # "chosen": TEXT, "rejected": TEXT}
+    # the examples, typed as data=FILE (.jsonl, .json, .parquet) or data=hf://NAME:SPLIT. Rows are
+    # {"prompt": TEXT, "response" or "completion": TEXT}, {"messages": [{"role": "user", "content":
+    # TEXT}, ...]}, {"conversations": [{"from": "human", "value": TEXT}, ...]} or {"instruction":
+    # TEXT, "input": TEXT, "output": TEXT}; or preferences, {"prompt": TEXT, "chosen": TEXT,
+    # "rejected": TEXT}
     file: str | None = key(None, common=True)
     epochs: float | None = key(
         None,
@@ -143,7 +146,7 @@ def main(arguments: list[str]) -> int:
     check(ready, local_ranks(ready))
     started = start(ready, newest=newest_step)
     remember(started.job, started.run.path)
-    _introduce(started, dataset, is_new)
+    _introduce(started, dataset, is_new, job.file or "")
     if job.prepare_only:
         where = str(started.run.path)
         tell_line({"kind": "prepared", "run": started.run.name, "path": where})
@@ -177,7 +180,7 @@ def _typed(words: list[str], name: str) -> str | None:
     return values[-1].strip("'\"") if values else None
 
 
-def _introduce(started: Start, dataset: Dataset, is_new: bool) -> None:
+def _introduce(started: Start, dataset: Dataset, is_new: bool, file: str) -> None:
     job, parts = started.job, dataset.manifest["splits"]
     origin = job.run.origin
     print(
@@ -187,7 +190,8 @@ def _introduce(started: Start, dataset: Dataset, is_new: bool) -> None:
         f"Peak learning rate {job.optimizer.learning_rate:g}, {job.total_steps:,} steps of "
         f"{job.train.global_batch:,} examples."
     )
-    if sentence := faults_sentence(dataset.manifest["report"]["left_out"]):
+    left_out = dataset.manifest["report"]["left_out"]
+    if sentence := faults_sentence(left_out, unit_of(file)):
         print(f"Note: {sentence}; they are left out.")
     (rows,) = whole_rows_of(job, started.sources, "train").values()
     longest, columns = rows.facts["longest"], job.train.sequence_length

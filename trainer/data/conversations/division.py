@@ -38,7 +38,7 @@ _FILTERS = {
 _PLACED = {"select", "reject", "selectattr", "rejectattr", "items", "namespace"}
 _STATEFUL = {"cycler", "joiner", "lipsum", "dict", "self", "caller"}
 
-Message = Mapping[str, str]  # role and content
+Message = Mapping[str, Any]  # role and content; tool_calls; of the first one, tools
 
 
 class Unfit(Exception):
@@ -79,6 +79,7 @@ class Division:
     def __init__(self, source: str, special: Sequence[str], tokens: Mapping[str, str]):
         self.source, self.special, self.tokens = source, special, tokens
         self._most = 0  # bytes of a text
+        self._tools = dict[str, Any]()  # of the conversation
 
     def prompt(self, messages: Sequence[Message]) -> list[Piece]:
         """Return the turns so far and the rest of the prompt; one part where the template writes a
@@ -179,12 +180,23 @@ class Division:
     def _begin(self, messages: Sequence[Message]) -> None:
         """Set the limit of texts. Raises Unfit where a message spells a special token: it would
         become that token, and a user could end a turn, or write one of the assistant's."""
-        self._most = _GROWTH * sum(len(m["content"]) + _SPARE for m in messages)
-        if any(token in message["content"] for token in self.special for message in messages):
+        others = [{k: v for k, v in m.items() if k not in ("role", "content")} for m in messages]
+        texts = [
+            m["content"] + (json.dumps(o, ensure_ascii=False) if o else "")
+            for m, o in zip(messages, others, strict=True)
+        ]
+        self._tools = {k: v for m in messages[:1] for k, v in m.items() if k == "tools"}
+        self._most = _GROWTH * sum(len(text) + _SPARE for text in texts)
+        if any(token in text for token in self.special for text in texts):
             raise Unfit("with a special token in a message")
 
     def _text(self, template: Template, messages: Any, is_prompt: bool, one: "_Pass") -> str:
-        names = {**self.tokens, "messages": messages, "add_generation_prompt": is_prompt}
+        names = {
+            **self.tokens,
+            **self._tools,
+            "messages": messages,
+            "add_generation_prompt": is_prompt,
+        }
         texts, size = list[str](), 0
         one.render = template.root_render_func(template.new_context(names))
         for text in one.render:

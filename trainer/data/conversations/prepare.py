@@ -1,7 +1,6 @@
-"""A dataset of conversations from JSON lines, with a column of the learned tokens. A line is one of
-
-    {"prompt": TEXT, "response": TEXT}                               the two texts as they are
-    {"messages": [MESSAGE, ...]}                                     by a chat template
+"""A dataset of conversations, with a column of the learned tokens. What a row may be, and where it
+stands: rows.py. Two texts, a prompt and a response, stand as they are; messages become one by a
+chat template.
 
 A preference has two responses to one prompt, of which people chose one:
 
@@ -12,9 +11,9 @@ A preference has two responses to one prompt, of which people chose one:
 
 A MESSAGE is {"role": ..., "content": TEXT}; as a chosen or rejected one, a text is the assistant's.
 
-Invariant: every line is an example, or a fault with its number and its reason; blank lines are
-neither. A prompt and its response are tokenised apart, as when a model writes. The two
-conversations of a preference differ in their last response alone, and only that is learned.
+Invariant: every row is an example, or a fault with its number and its reason. A prompt and its
+response are tokenised apart, as when a model writes. The two conversations of a preference differ
+in their last response alone, and only that is learned.
 
 The same file and request give the same dataset, which a cache stores under a name that both decide;
 it is either complete or doesn't exist. Examples keep the order of the file: the order of training
@@ -24,18 +23,26 @@ shuffles them. All of them are in memory while they are built, at some 5 bytes a
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from forescale.data.conversations.rows import (
+    EXAMPLES,
+    SIDES,
+    canonical,
+    checked_messages,
+    checked_text,
+    digest_of,
+    rows_of,
+    unit_of,
+)
 from forescale.data.conversations.template import (
-    ROLES,
     ChatTemplate,
     Message,
     Piece,
@@ -49,19 +56,15 @@ from forescale.data.prepare.selection import SPLITS
 from forescale.data.prepare.work import build_once
 from forescale.data.prepare.writer import ShardWriter, write_manifest
 from forescale.data.text.documents import ReadingReport
-from forescale.data.text.formats import lines_between
-from forescale.data.text.opening import Budget, Total, open_stream
+from forescale.data.text.opening import HUB, Total
 from forescale.data.tokenizer import Vocabulary, token_bytes
 from forescale.ground.console import Progress, silent
 from forescale.ground.errors import UserError
-from forescale.ground.storage import FileEntry, hash_file, staged
+from forescale.ground.storage import FileEntry, staged
 
 _BATCH = 512  # lines that are tokenised together
-_LONGEST = 16 << 20  # bytes of a line; a conversation of a million tokens has a third of it
-_PEEKED = 100  # lines that may show the kind of a file
-EXAMPLES = '{"prompt": ..., "response": ...} or {"messages": [...]}'
+_PEEKED = 100  # rows that may show the kind of a file
 PREFERENCES = '{"prompt": ..., "chosen": ..., "rejected": ...}'
-_SIDES = ("chosen", "rejected")
 _RECIPE = 1  # increase it whenever the same lines become other tokens
 _SHARD_TOKENS, _MEMBER_TOKENS = 1 << 24, 1 << 20
 _NAMED = 5  # lines that a message names for each reason
@@ -144,66 +147,59 @@ class Reader:
             yield ready
 
     def _lines(self, path: str, faults: ReadingReport) -> Iterator[_Line]:
-        with open_stream(path, path) as file:
-            for number, raw in _numbered(path, file):
-                try:
-                    row = _parsed(raw)
-                    if is_preference(row) != self.are_preferences:
-                        forms = PREFERENCES if self.are_preferences else EXAMPLES
-                        raise Unfit(f"that are not {forms}")
-                    if self.are_preferences:
-                        # The prompt decides, so that no prompt is in both splits.
-                        *rows, key = two_lines(row)
-                    else:
-                        has_messages = isinstance(row, dict) and "messages" in row
-                        has_texts = isinstance(row, dict) and {"prompt", "response"} <= row.keys()
-                        if has_messages == has_texts:
-                            raise Unfit(f"that are not {EXAMPLES}")
-                        names = ("messages",) if has_messages else ("prompt", "response")
-                        rows = [key := {name: row[name] for name in names}]
-                    text = json.dumps(key, sort_keys=True).encode()
-                    conversations = [self._conversation(row) for row in rows]
-                    yield _Line(number, conversations, "messages" in rows[0], text)
-                except Unfit as e:
-                    faults.add(str(e), f"{number:,}")
+        for number, raw in rows_of(path):
+            try:
+                row = self._row(raw)
+                # The prompt of a preference decides, so that no prompt is in both splits.
+                *rows, key = two_lines(row) if self.are_preferences else (row, row)
+                text = json.dumps(key, sort_keys=True).encode()
+                conversations = [self._conversation(row) for row in rows]
+                yield _Line(number, conversations, "messages" in rows[0], text)
+            except Unfit as e:
+                faults.add(str(e), f"{number:,}")
+
+    def _row(self, raw: Any) -> dict[str, Any]:
+        if self.are_preferences and not isinstance(raw, Unfit) and not is_preference(raw):
+            raise Unfit(f"that are not {PREFERENCES}")
+        row = canonical(raw)
+        if is_preference(row) != self.are_preferences:
+            raise Unfit(f"that are not {EXAMPLES}")
+        return row
 
     def _conversation(self, row: Mapping[str, Any]) -> Sequence[Message] | list[Piece]:
         if "messages" in row:
-            return _checked_messages(row["messages"])
-        prompt, response = _checked_text(row["prompt"]), _checked_text(row["response"])
+            return checked_messages(row, self.template.source)
+        prompt, response = checked_text(row["prompt"]), checked_text(row["response"])
         if not response.strip():
             raise Unfit("with an empty response")
         return [Piece(prompt, False), Piece(response, True)]
 
 
 def has_preferences(path: str | Path) -> bool:
-    """True if the first line of a file that is JSON is a preference. False also for a file that
+    """True if the first row of a file that can be read is a preference. False also for a file that
     can't be read; its reader reports that."""
     try:
-        with open_stream(str(path), str(path)) as file:
-            for _, raw in islice(_numbered(str(path), file), _PEEKED):
-                with suppress(Unfit):
-                    return is_preference(_parsed(raw))
+        rows = (row for _, row in islice(rows_of(str(path)), _PEEKED))
+        return is_preference(next((row for row in rows if not isinstance(row, Unfit)), None))
     except (OSError, UserError):
         return False
-    return False
 
 
 def is_preference(row: Any) -> bool:
     """True if a parsed line has two responses."""
-    return isinstance(row, dict) and set(_SIDES) <= row.keys()
+    return isinstance(row, dict) and set(SIDES) <= row.keys()
 
 
 def two_lines(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Any]:
     """Return chosen and rejected example of a preference, and their prompt. Raises Unfit."""
     equal = Unfit("whose chosen and rejected responses are equal")
-    if isinstance(row.get("prompt"), str) and all(isinstance(row[side], str) for side in _SIDES):
+    if isinstance(row.get("prompt"), str) and all(isinstance(row[side], str) for side in SIDES):
         prompt = row["prompt"]
         if row["chosen"] == row["rejected"]:
             raise equal
-        chosen, rejected = ({"prompt": prompt, "response": row[side]} for side in _SIDES)
+        chosen, rejected = ({"prompt": prompt, "response": row[side]} for side in SIDES)
         return chosen, rejected, prompt
-    chats = [_whole_chat(row, side) for side in _SIDES]
+    chats = [_whole_chat(row, side) for side in SIDES]
     *before, last = chats[0]
     *other, rejected_last = chats[1]
     if before != other:
@@ -231,47 +227,6 @@ def _whole_chat(row: Mapping[str, Any], side: str) -> list[Any]:
     return [*before, *chat]
 
 
-def _numbered(path: str, file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Yield the lines of a file that aren't blank, with their numbers; None: it is too long."""
-    for number, (_, raw) in enumerate(lines_between(file, Budget(path, path, _LONGEST)), 1):
-        if raw is None or not raw.isspace():
-            yield number, raw
-
-
-def _parsed(raw: bytes | None) -> Any:
-    """Return the value of a line. Raises Unfit if it is no JSON, or too long."""
-    if raw is None:
-        raise Unfit(f"of more than {_LONGEST >> 20} MiB")
-    try:
-        return json.loads(raw.decode("utf-8").removeprefix("\ufeff"))
-    except (ValueError, RecursionError):
-        raise Unfit("that are no valid JSON") from None
-
-
-def _checked_messages(messages: Any) -> Sequence[Message]:
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise Unfit('whose "messages" is no list of {"role": ..., "content": ...}')
-    chat = [{"role": m.get("role"), "content": _checked_text(m.get("content"))} for m in messages]
-    if any(m["role"] not in ROLES for m in chat):
-        raise Unfit(f"with a role that is none of {', '.join(ROLES)}")
-    responses = [m["content"] for m in chat if m["role"] == "assistant"]
-    if not responses:
-        raise Unfit("without a message of the assistant")
-    if not all(text.strip() for text in responses):
-        raise Unfit("with an empty response")
-    return chat
-
-
-def _checked_text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise Unfit("with something else than a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise Unfit("with half a character (a lone surrogate)") from None
-    return value
-
-
 @dataclass(frozen=True)
 class Request:
     """Everything that decides a dataset except its file.
@@ -291,7 +246,7 @@ class Request:
     def describe(self, path: str) -> dict[str, Any]:
         """Return it with a file, as stored in the manifest."""
         kind = "preferences" if self.are_preferences else "examples"
-        digest = hash_file(Path(path)).sha256
+        digest = digest_of(path)
         return {
             "source": {"kind": kind, "name": Path(path).name, "sha256": digest},
             "recipe": _RECIPE,
@@ -308,15 +263,16 @@ class Request:
 def prepare_conversations(
     path: str, cache: Path, request: Request, progress: Progress = silent
 ) -> Dataset:
-    """Return the dataset of a file of JSON lines; the first call builds it in the cache.
+    """Return the dataset of a file or a data set of the hub; the first call builds it in the cache.
 
-    Raises UserError if the file can't be read or holds no example, and for lines that can't be
+    Raises UserError if the file can't be read or holds no example, and for rows that can't be
     used, unless they are skipped.
     """
-    if not Path(path).is_file():
-        problem = "no such file" if not Path(path).exists() else "is no file"
-        raise UserError(path, problem, "give JSON lines: data=FILE.jsonl")
-    Total(path).add(Path(path).stat().st_size)  # before the zeros of a hole are hashed
+    if not path.startswith(HUB):
+        if not Path(path).is_file():
+            problem = "no such file" if not Path(path).exists() else "is no file"
+            raise UserError(path, problem, "give data=FILE.jsonl, FILE.parquet or hf://NAME")
+        Total(path).add(Path(path).stat().st_size)  # before the zeros of a hole are hashed
     described = request.describe(path)
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     output = cache / f"conversations-{digest[:16]}"
@@ -324,9 +280,9 @@ def prepare_conversations(
     return build_once(output, described, progress, build)
 
 
-def faults_sentence(report: dict[str, Any]) -> str | None:
-    """Return how many lines can't be used, and which, in words; None if all can. report: as in the
-    manifest, under report.left_out."""
+def faults_sentence(report: dict[str, Any], unit: str = "line") -> str | None:
+    """Return how many rows can't be used, and which, in words; None if all can. report: as in the
+    manifest, under report.left_out; unit: as unit_of returns it."""
     if not report:
         return None
     parts = []
@@ -334,9 +290,9 @@ def faults_sentence(report: dict[str, Any]) -> str | None:
         names, others = fault["first"][:_NAMED], fault["count"] - _NAMED
         lines = "; ".join(names) if any("," in name for name in names) else ", ".join(names)
         lines += f" and {others:,} more" if others > 0 else ""
-        parts.append(f"{fault['count']:,} {reason} (line {lines})")
+        parts.append(f"{fault['count']:,} {reason} ({unit} {lines})")
     total = sum(fault["count"] for fault in report.values())
-    return f"{total:,} line{'s' * (total != 1)} can't be used: {', '.join(parts)}"
+    return f"{total:,} {unit}{'s' * (total != 1)} can't be used: {', '.join(parts)}"
 
 
 def _build(
@@ -351,13 +307,13 @@ def _build(
         if len(examples) % 1000 == 0:
             progress("read examples", len(examples), None, "examples")
     left_out = faults.as_dict()
-    sentence = faults_sentence(left_out)
+    sentence = faults_sentence(left_out, unit_of(path))
     if sentence and (request.unusable == "fail" or not examples):
         todo = "correct them, or leave them out with unusable=skip"
         raise UserError(path, sentence, todo if examples else "correct them")
     if not examples:
         forms = PREFERENCES if are_preferences else EXAMPLES
-        raise UserError(path, "holds no example", f"write lines {forms}")
+        raise UserError(path, "holds no example", f"write rows {forms}")
     # Held out are, of the distinct examples, the share with the least hashes, at least one of two.
     keys = [hashlib.blake2b(example.text, digest_size=8).digest() for example in examples]
     distinct, share = sorted(set(keys)), request.held_out

@@ -25,7 +25,7 @@ def parquet_parts(where: str, key: str, part_bytes: int) -> Iterator[tuple[int, 
 
     Raises UserError if the file is damaged or has no text column under the key.
     """
-    with _parquet(where) as file:
+    with open_parquet(where) as file:
         text_path(where, file.schema_arrow, key)
         first = held = 0
         for index in range(file.metadata.num_row_groups):
@@ -41,11 +41,11 @@ def read_parquet(
 ) -> Iterator[Document]:
     """Yield the documents of row groups, named like "a.parquet:17"; last 0: to the end."""
     pages, texts = Total(where), Total(where)
-    with _parquet(where) as file:
+    with open_parquet(where) as file:
         has_url = bool(_url_path(file.schema_arrow, intake.url_key))
         columns = [intake.key, *[intake.url_key] * has_url]
         _expect_columns(where, file.schema_arrow, intake)
-    with _parquet(where, columns) as file:
+    with open_parquet(where, columns) as file:
         path = text_path(where, file.schema_arrow, intake.key)
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         if not sum(sizes):
@@ -66,7 +66,7 @@ def read_parquet(
 
 
 @contextmanager
-def _parquet(where: str, repeated: list[str] | None = None) -> Iterator[Any]:
+def open_parquet(where: str, repeated: list[str] | None = None) -> Iterator[Any]:
     """Yield an open parquet file. repeated: columns that stay as indices of their values, as they
     are stored: a row of 4 bytes may stand for a text of a gigabyte."""
     import pyarrow as pa
@@ -89,7 +89,8 @@ def _parquet(where: str, repeated: list[str] | None = None) -> Iterator[Any]:
 
 
 def load_hub(spec: str) -> Any:
-    """Return the data set of "hf://NAME[/CONFIG][@REVISION][:SPLIT]", downloaded or from the cache.
+    """Return the data set of "hf://NAME[/CONFIG][@REVISION][:SPLIT]", downloaded or from the cache;
+    or one file of it, "hf://datasets/OWNER/NAME/PATH.parquet" (.json, .jsonl).
 
     NAME is a name on the hub or a local folder; the default split is train. The data set is
     downloaded as a whole, not streamed: only then is the number of rows known, and each row can be
@@ -100,7 +101,8 @@ def load_hub(spec: str) -> Any:
     except ImportError:
         todo = "pip install datasets"
         raise UserError(spec, "needs the package datasets, which isn't installed", todo) from None
-    name, _, split = spec.removeprefix(HUB).partition(":")
+    name, _, split = spec.removeprefix(HUB).removeprefix("datasets/").partition(":")
+    suffix = Path(name).suffix if spec.startswith(f"{HUB}datasets/") else ""
     split, folder = split or "train", Path(name).expanduser()
     try:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
@@ -109,6 +111,8 @@ def load_hub(spec: str) -> Any:
                 todo = f"choose one of {', '.join(saved)}"
                 raise UserError(spec, f"has no split {split!r}", todo)
             return saved[split] if isinstance(saved, dict) else saved
+        if kind := {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(suffix):
+            return datasets.load_dataset(kind, data_files={"train": spec}, split="train")
         if folder.is_dir():
             return datasets.load_dataset(str(folder), split=split)
         name, _, revision = name.partition("@")

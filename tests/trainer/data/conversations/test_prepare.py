@@ -205,7 +205,7 @@ def test_what_is_no_preference_is_named(tmp_path, row, reason):
 
 
 def test_among_examples_a_preference_is_a_fault_too(tmp_path):
-    with pytest.raises(UserError, match=r'that are not {"prompt": ..., "response": ...} or'):
+    with pytest.raises(UserError, match=r'that are not {"prompt": ..., "response": ...}, '):
         make_conversations(tmp_path, [*rows(2), *preferences(1)])
 
 
