@@ -162,6 +162,7 @@ class Batch:
         self.tokens = self.unread = tokens_BL
         self.real = self.unread_real = None if padding_mask_BL is None else padding_mask_BL.bool()
         self.cache: Cache | None = None
+        self.logits: Tensor | None = None  # (B, V) fp32, of the last step
         if source_BS is not None:
             if not isinstance(model, Transformer):
                 problem = "only forescale's own model takes a source"
@@ -188,6 +189,7 @@ class Batch:
         # A model may rule out single tokens by -inf; NaN anywhere is the largest.
         if not logits_BV.amax(-1).isfinite().all():
             raise FloatingPointError("the logits are not finite")
+        self.logits = logits_BV
         next_B1 = self.choice.next_tokens(logits_BV, self.tokens, self.real)
         self.tokens, self.unread = torch.cat((self.tokens, next_B1), 1), next_B1
         self.unread_real = None

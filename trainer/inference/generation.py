@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from forescale.ground.errors import UserError
+from forescale.inference.logprobs import Likeliest, TokenScore, of_prompt, scored
 from forescale.inference.question import Question
 from forescale.models.decoding.batch import Batch, Choice
 from forescale.models.decoding.sampler import Sampler
@@ -29,11 +30,14 @@ Reason = Literal["end", "stop", "length"]
 @dataclass(frozen=True)
 class GenerationConfig:
     """How an answer is generated: at most num_tokens, by this sampler, up to the first of the stop
-    texts, which is left out."""
+    texts, which is left out. logprobs: keep the log probabilities of its tokens, with so many of
+    the likeliest of each place; None: keep none; echo: the answer begins with its prompt."""
 
     num_tokens: int
     sampler: Sampler
     stops: tuple[str, ...] = ()
+    logprobs: int | None = None
+    echo: bool = False
 
 
 class Speller:
@@ -128,7 +132,8 @@ class Answer:
 
     text: without what the question shows before it; num_tokens: those of the text, and of the stop
     text that ended it; reason: why it ended, by its end (see Question), a stop text or the number
-    of tokens; None: it hasn't.
+    of tokens; None: it hasn't; scores: of all tokens so far, its end among them, if they are
+    wanted.
     """
 
     def __init__(
@@ -138,8 +143,47 @@ class Answer:
         self.max_tokens = min(config.num_tokens, question.max_tokens or config.num_tokens)
         self.text, self.num_tokens = "", 0
         self.reason: Reason | None = None
+        self.scores: list[TokenScore] = []
+        self._tokenizer = tokenizer
         self._speller = Speller(tokenizer, question.previous, question.names)
         self._stops = StopTexts(config.stops)
+
+    def begin(self, model: nn.Module) -> str:
+        """Return what comes before the first new token: the prompt, if it is to be echoed."""
+        if not self.config.echo:
+            return ""
+        question, count = self.question, self.config.logprobs
+        if count is not None:
+            ids = question.start
+            rows = [(None, ()), *of_prompt(model, ids, count)]
+            offset = 0
+            parts = pieces(self._tokenizer, (), ids, question.names)
+            for token, (logprob, likeliest), part in zip(ids, rows, parts, strict=False):
+                self._score(token, offset, logprob, likeliest)
+                offset += len(part)
+        self.text = question.echo
+        if self.max_tokens == 0:
+            self.reason = "length"
+        return self.text
+
+    def score(self, token: int, logits_V: Tensor) -> None:
+        """Keep the log probability of the next id, if it is wanted."""
+        if self.config.logprobs is not None:
+            ((logprob, likeliest),) = scored(logits_V[None], [token], self.config.logprobs)
+            self._score(token, len(self.text), logprob, likeliest)
+
+    def _score(self, token: int, offset: int, logprob: float | None, likeliest: Likeliest) -> None:
+        texts = dict[str, float]()
+        for other, value in likeliest:  # two may have one text; the likelier one has it
+            texts.setdefault(self._text_of(other), value)
+        self.scores.append(TokenScore(self._text_of(token), offset, logprob, (*texts.items(),)))
+
+    def _text_of(self, token: int) -> str:
+        """Return the text of an id alone; of a part of a character, its name in the vocabulary."""
+        if token in self.question.names:
+            return self.question.names[token]
+        text = self._tokenizer.decode([token], skip_special_tokens=False)
+        return self._tokenizer.id_to_token(token) or text if _BROKEN in text or not text else text
 
     def add(self, token: int) -> str:
         """Take the next id; return the text that is certain now."""
@@ -186,14 +230,17 @@ class ContinuousBatch:
         """Decode a token of each answer; return the pieces of text that are certain now, and each
         answer that ends now with its last piece. Raises UserError if logits are not finite; the
         batch is empty then."""
-        new = [answer for answer in self._new if answer.reason is None]
+        new, pieces = [], list[tuple[Answer, str]]()
+        for answer in [answer for answer in self._new if answer.reason is None]:
+            if text := answer.begin(self.model):
+                pieces.append((answer, text))
+            new += [answer] if answer.reason is None else []
         groups = [[answer] for answer in new]
         if isinstance(self.model, Transformer):  # models of a user's own take no padding
             longer = [a for a in new if len(a.question.start) > a.question.max_context]
             groups = [longer, [answer for answer in new if answer not in longer]]
         new_batches = [(_batch_of(self.model, group), group) for group in groups if group]
         batches, self._batches, self._new = [*self._batches, *new_batches], [], []
-        pieces: list[tuple[Answer, str]] = []
         try:
             for batch, answers in batches:
                 pieces += self._step_of(batch, answers)
@@ -208,8 +255,10 @@ class ContinuousBatch:
         pieces: list[tuple[Answer, str]] = []
         ids = batch.step()
         assert ids is not None, "a decoder that may read no more was left behind before"
-        for answer, token in zip(answers, ids[:, 0].tolist(), strict=True):
+        assert batch.logits is not None
+        for i, (answer, token) in enumerate(zip(answers, ids[:, 0].tolist(), strict=True)):
             if answer.reason is None:  # else it was cancelled
+                answer.score(token, batch.logits[i])
                 piece = answer.add(token)
                 if piece or answer.reason:
                     pieces.append((answer, piece))

@@ -100,6 +100,23 @@ def question_of(view: RunView, text: str) -> Question:
     return _of_gaps(view, text, objective, config.model.has_encoder)
 
 
+def question_of_ids(view: RunView, ids: Sequence[int]) -> Question:
+    """Return token ids as the model of a run reads them, as they are. Raises UserError for ids that
+    the vocabulary lacks, and for a model with a source."""
+    config, identity = view.config, view.identity["dataset"]
+    if not config.continues_text:
+        problem = f"is a list of token ids, and a model of objective={config.objective.kind}"
+        raise UserError("prompt", f"{problem} reads a source", "give it as a text")
+    if most := [i for i in ids if not 0 <= i < identity["vocab_size"]]:
+        problem = f"has the token id {most[0]}, and the vocabulary {identity['vocab_size']:,} ids"
+        raise UserError("prompt", problem, "use the tokenizer of this model")
+    text, longest = view.tokenizer.decode([*ids], skip_special_tokens=False), config.train
+    end, ends, start = identity["end_of_text"], view.ends, [*ids]
+    return Question(
+        text, text, start, start, end, "document", longest.sequence_length, other_ends=ends
+    )
+
+
 def chat_question(
     view: RunView,
     template: ChatTemplate,

@@ -14,10 +14,12 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -25,18 +27,20 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from forescale.ground.errors import UserError
 from forescale.inference.generation import Answer
+from forescale.inference.logprobs import TokenScore
 from forescale.inference.question import Question
 from forescale.serving.request import (
     CompletionRequest,
     Limits,
-    Messages,
+    Prompt,
     Refused,
     parse_json,
     parse_request,
@@ -44,6 +48,13 @@ from forescale.serving.request import (
 )
 from forescale.serving.scheduler import Event, Generation, Scheduler
 
+_PAGE = "/"
+# The page loads nothing, is in no frame of another site, and asks this server alone.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+_POLICY += (
+    "connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+_PAGE_HEADERS = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"}
 _LOGGED = 200  # characters of a path
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
@@ -53,18 +64,19 @@ class Service:
     """What is served. question: returns what the model reads of a prompt or a chat; answer: returns
     an empty answer to it, with its request and seed; hosts: names by which clients may reach this
     server beside localhost and the address of the connection, "*": any; key: what clients must
-    show, None: nothing; body: the most bytes of a request; seconds: the most until its answers are
-    complete."""
+    show, None: nothing; chats: whether the model was trained on conversations; body: the most bytes
+    of a request; seconds: the most until its answers are complete."""
 
     name: str
     scheduler: Scheduler
-    question: Callable[[str | Messages], Question]
+    question: Callable[[Prompt], Question]
     answer: Callable[[Question, CompletionRequest, int], Answer]
     limits: Limits
     body: int
     seconds: float
     hosts: Collection[str] = ()
     key: str | None = None
+    chats: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     # One thread: tokenizers have a mode, see data/tokenizer.py.
     tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
@@ -93,7 +105,11 @@ class Service:
 def app_of(service: Service) -> Starlette:
     """Return the application of a service."""
     model = {"id": service.name, "object": "model", "created": service.created}
-    model["owned_by"] = "forescale"
+    model |= {"owned_by": "forescale", "chats": service.chats}
+    page = (Path(__file__).parent / "chat.html").read_text()
+
+    async def chat_page(request: Request) -> HTMLResponse:
+        return HTMLResponse(page, headers=_PAGE_HEADERS)
 
     def get(path: str, content: Any) -> Route:
         async def endpoint(request: Request) -> JSONResponse:
@@ -102,6 +118,7 @@ def app_of(service: Service) -> Starlette:
         return Route(path, endpoint)
 
     routes = [
+        Route(_PAGE, chat_page),
         get("/health", {"status": "ok"}),
         get("/v1/models", {"object": "list", "data": [model]}),
         get(f"/v1/models/{service.name}", model),
@@ -114,9 +131,15 @@ def app_of(service: Service) -> Starlette:
         message = f"There is nothing at {request.method} {request.url.path[:_LOGGED]}."
         return _refusal(Refused(error.status_code, message, code="not_found"))
 
-    guard = Middleware(Guard, service=service)
+    middleware = [Middleware(Guard, service=service)]
+    if service.key is not None:  # pages of other sites may ask, if they show the key
+        names = ["authorization", "content-type"]
+        cors = Middleware(
+            CORSMiddleware, allow_origins=["*"], allow_methods=["GET", "POST"], allow_headers=names
+        )
+        middleware.insert(0, cors)
     return Starlette(
-        routes=routes, middleware=[guard], exception_handlers={HTTPException: not_found}
+        routes=routes, middleware=middleware, exception_handlers={HTTPException: not_found}
     )
 
 
@@ -163,6 +186,8 @@ class Guard:
             raise Refused(403, message, code="unknown_host")
         if "transfer-encoding" in headers:  # a megabyte in chunks of a byte takes many seconds
             raise Refused(411, "The body needs a Content-Length, and no Transfer-Encoding.")
+        if scope["path"] == _PAGE:  # it asks its reader for the key
+            return
         key, prefix = self.service.key, "Bearer "
         shown_key = headers.get("authorization", "").removeprefix(prefix)
         if key is not None and not hmac.compare_digest(shown_key.encode(), key.encode()):
@@ -297,6 +322,8 @@ class Form:
 
     def __init__(self, request: CompletionRequest, name: str):
         self.is_chat, self.has_usage = request.is_chat, request.has_usage
+        self.has_logprobs = request.generation.logprobs is not None
+        self._sent = Counter[int]()  # scores of each answer that a stream has brought
         self.kind = "chat.completion" if request.is_chat else "text_completion"
         self.part_kind = self.kind + (".chunk" if request.is_chat else "")
         id_ = f"{'chatcmpl' if request.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -308,15 +335,39 @@ class Form:
         for number, answer in enumerate(answers):
             message = {"role": "assistant", "content": answer.text, "refusal": None}
             text = {"message": message} if self.is_chat else {"text": answer.text}
-            choices.append(_choice(number, text, answer))
+            logprobs = self._logprobs(answer.scores)
+            choices.append(_choice(number, text, answer) | {"logprobs": logprobs})
         return {**self.head, "object": self.kind, "choices": choices, "usage": _usage(answers)}
 
-    def part(self, number: int, piece: str | None, ended: Answer | None = None) -> dict[str, Any]:
+    def _logprobs(self, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
+        """Return log probabilities as clients read them; None if they aren't wanted."""
+        if not self.has_logprobs:
+            return None
+        if self.is_chat:
+            content = [
+                _named(s.text, s.logprob or 0.0)
+                | {"top_logprobs": [_named(*pair) for pair in s.likeliest]}
+                for s in scores
+            ]
+            return {"content": content, "refusal": None}
+        return {
+            "tokens": [s.text for s in scores],
+            "token_logprobs": [s.logprob for s in scores],
+            "top_logprobs": [dict(s.likeliest) if s.logprob is not None else None for s in scores],
+            "text_offset": [s.offset for s in scores],
+        }
+
+    def part(
+        self, number: int, piece: str | None, answer: Answer, ended: Answer | None = None
+    ) -> dict[str, Any]:
         """Return the part that brings a piece of an answer; None begins it, and `ended` ends it."""
+        new = answer.scores[self._sent[number] :]  # the decoding thread may add some meanwhile
+        self._sent[number] += len(new)
         delta = {"role": "assistant", "content": ""} if piece is None else {"content": piece}
         delta = {} if ended is not None else delta
         text = {"delta": delta} if self.is_chat else {"text": piece or ""}
-        choices = [_choice(number, text, ended)]
+        logprobs = self._logprobs(new) if new else None
+        choices = [_choice(number, text, ended) | {"logprobs": logprobs}]
         usage = {"usage": None} if self.has_usage else {}
         return {**self.head, "object": self.part_kind, "choices": choices, **usage}
 
@@ -339,14 +390,14 @@ class Form:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             for number in range(len(answers) if self.is_chat else 0):
-                await event(self.part(number, None))
+                await event(self.part(number, None, answers[number]))
             if first is not None and first[1]:
-                await event(self.part(*first))
+                await event(self.part(*first, answers[first[0]]))
             async for number, piece in pieces:
                 if piece:
-                    await event(self.part(number, piece))
+                    await event(self.part(number, piece, answers[number]))
             for number, answer in enumerate(answers):
-                await event(self.part(number, "", answer))
+                await event(self.part(number, "", answer, answer))
             if self.has_usage:
                 usage = {"choices": [], "usage": _usage(answers)}
                 await event({**self.head, "object": self.part_kind, **usage})
@@ -356,9 +407,13 @@ class Form:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+def _named(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": [*text.encode()]}
+
+
 def _choice(number: int, text: dict[str, Any], ended: Answer | None) -> dict[str, Any]:
     reason = None if ended is None else "length" if ended.reason == "length" else "stop"
-    return {"index": number, **text, "logprobs": None, "finish_reason": reason}
+    return {"index": number, **text, "finish_reason": reason}
 
 
 def _usage(answers: Sequence[Answer]) -> dict[str, int]:

@@ -14,17 +14,20 @@ from forescale.inference.generation import GenerationConfig
 from forescale.models.decoding.sampler import Sampler
 
 Messages = Sequence[Mapping[str, str]]  # of a chat: role and content
+Prompt = str | tuple[int, ...] | Messages
 _IGNORED = {"user", "metadata", "store", "safety_identifier"}  # they don't change the answer
 # Parameters of OpenAI's that this server lacks, each with the value that changes nothing.
 _NEUTRAL: dict[str, Any] = {
     "best_of": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {},
-    "logprobs": False, "top_logprobs": 0, "suffix": "", "tools": [], "functions": [],
-    "tool_choice": "none", "response_format": {"type": "text"}, "echo": False,
+    "suffix": "", "tools": [], "functions": [], "tool_choice": "none",
+    "response_format": {"type": "text"},
 }  # fmt: skip
 _SUPPORTED = {
     "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p",
     "top_k", "min_p", "repetition_penalty", "n", "stop", "stream", "stream_options", "seed",
+    "logprobs", "top_logprobs", "echo",
 }  # fmt: skip
+_MAX_LIKELIEST = 20  # tokens of a place whose log probabilities are shown
 _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 1000  # characters
 
@@ -60,10 +63,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A valid request. Each prompt, a text or the messages of a chat, gets `samples` answers;
-    answer number i draws with seed + i."""
+    """A valid request. Each prompt, a text, its ids or the messages of a chat, gets `samples`
+    answers; answer number i draws with seed + i."""
 
-    prompts: Sequence[str | Messages]
+    prompts: Sequence[Prompt]
     samples: int
     generation: GenerationConfig
     seed: int
@@ -106,11 +109,7 @@ def parse_request(body: Any, name: str, limits: Limits, is_chat: bool = False) -
     if is_chat:
         prompts = [parse_messages(params)]
     else:
-        prompt = params.get("prompt", "")
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        is_texts = isinstance(prompts, list) and all(isinstance(text, str) for text in prompts)
-        if not is_texts or not prompts:
-            raise Refused(400, "`prompt` must be a text or a list of texts.", "prompt")
+        prompts = _prompts(params.get("prompt", ""))
     samples = _number(params, "n", 1, int, 1, limits.answers)
     if samples * len(prompts) > limits.answers:
         count = samples * len(prompts)
@@ -118,7 +117,10 @@ def parse_request(body: Any, name: str, limits: Limits, is_chat: bool = False) -
     default = limits.num_tokens if is_chat else 16  # the second is OpenAI's
     key = "max_completion_tokens" if "max_completion_tokens" in params else "max_tokens"
     default = min(default, limits.num_tokens)
-    num_tokens = _number(params, key, default, int, 1, limits.num_tokens)
+    echo = params.get("echo", False)
+    if not isinstance(echo, bool) or (echo and is_chat):
+        raise Refused(400, "'echo' must be true or false, and a chat has none.", "echo")
+    num_tokens = _number(params, key, default, int, 0 if echo else 1, limits.num_tokens)
     sampler = Sampler(
         temperature=_number(params, "temperature", 1.0, float, 0, 2),
         top_k=_number(params, "top_k", 0, int, 0, 2**31) or None,
@@ -132,12 +134,39 @@ def parse_request(body: Any, name: str, limits: Limits, is_chat: bool = False) -
     return CompletionRequest(
         prompts,
         samples,
-        GenerationConfig(num_tokens, sampler, _stops(params)),
+        GenerationConfig(num_tokens, sampler, _stops(params), _logprobs(params, is_chat), echo),
         _number(params, "seed", secrets.randbits(31), int, -(2**62), 2**62) % 2**62,
         is_stream,
         isinstance(stream_options, dict) and stream_options.get("include_usage") is True,
         is_chat,
     )
+
+
+def _prompts(prompt: Any) -> list[Prompt]:
+    """Return the prompts of a completion: a text, token ids, or several of either."""
+
+    def is_ids(x: Any) -> bool:
+        return isinstance(x, list) and bool(x) and all(type(i) is int for i in x)
+
+    prompts = [prompt] if isinstance(prompt, str) or is_ids(prompt) else prompt
+    each = prompts if isinstance(prompts, list) else []
+    if not each or not all(isinstance(x, str) or is_ids(x) for x in each):
+        message = "`prompt` must be a text, a list of token ids, or a list of several of them."
+        raise Refused(400, message, "prompt")
+    return [x if isinstance(x, str) else tuple(x) for x in each]
+
+
+def _logprobs(params: Mapping[str, Any], is_chat: bool) -> int | None:
+    """Return how many of the likeliest tokens are shown beside each token; None: no log
+    probabilities. A chat says by `logprobs` whether, and by `top_logprobs` how many."""
+    if not is_chat:
+        if params.get("logprobs", False) is False:
+            return None
+        return int(_number(params, "logprobs", 0, int, 0, _MAX_LIKELIEST))
+    if not isinstance(params.get("logprobs", False), bool):
+        raise Refused(400, "'logprobs' of a chat must be true or false.", "logprobs")
+    count = int(_number(params, "top_logprobs", 0, int, 0, _MAX_LIKELIEST))
+    return count if params.get("logprobs", False) else None
 
 
 def parse_messages(params: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from forescale.inference.question import Question
 
 
+_HELP = """\
+/clear   begin a new conversation; an empty line does the same
+/quit    end; Ctrl-D does the same
+Ctrl-C ends an answer alone. All other lines are answered."""
+
 JOB = GenerateJob
 EXAMPLES = (
     'generate first prompt="def main("',
@@ -141,10 +146,20 @@ def _note(answer: "Answer") -> str:
 def _converse(
     job: GenerateJob, view: RunView, template: ChatTemplate | None, model: "nn.Module"
 ) -> None:
-    """Answer each line of standard input; a problem with one is printed, and the next is read."""
+    """Answer each line of standard input; a problem with one is printed, and the next is read. A
+    person's may be a command; to a program's lines, of a pipe, nothing is added."""
     seed, turns = job.seed, list[Message]()
+    is_person = sys.stdin is not None and sys.stdin.isatty()
+    if is_person:
+        count = sum(weight.numel() for weight in model.parameters())
+        print(f"{view.name}, {count:,} parameters. /help shows the commands.", file=sys.stderr)
     for line in typed_lines("> "):
-        if job.chat and not line:
+        if is_person and line.strip() == "/quit":
+            return
+        if is_person and line.strip() == "/help":
+            print(_HELP, file=sys.stderr)
+            continue
+        if (job.chat and not line) or (is_person and line.strip() == "/clear"):
             turns = []
             continue
         try:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+import webbrowser
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -9,17 +11,17 @@ from typing import TYPE_CHECKING, ClassVar
 from forescale.config.compose import parse
 from forescale.config.job import ModelJob
 from forescale.config.schema import key
-from forescale.data.conversations.template import Unfit
+from forescale.data.conversations.template import PLAIN, Unfit
 from forescale.data.tokenizer import longest_token
 from forescale.ground.document import tell_line
 from forescale.ground.errors import DONE, UserError
 from forescale.ground.rendezvous import is_loopback
 from forescale.inference.view import open_view, ready_to_write
-from forescale.run.finetune import chat_template, vocabulary_of_run
+from forescale.run.finetune import chat_template, kept_template, vocabulary_of_run
 
 if TYPE_CHECKING:
     from forescale.inference.question import Question
-    from forescale.serving.request import Messages
+    from forescale.serving.request import Prompt
     from forescale.serving.server import Server
 
 KEY = "FORESCALE_API_KEY"  # environment variable: what clients must show
@@ -30,6 +32,7 @@ class ServeJob(ModelJob):
     """A checkpoint, an address, and limits."""
 
     VERB: ClassVar[str] = "serve"
+    FLAGS: ClassVar = {"--open": "open"}
     PRINTS: ClassVar = {"name": str, "url": str}
     LINES: ClassVar[str] = "one, when it listens"
 
@@ -40,6 +43,7 @@ class ServeJob(ModelJob):
     # chat template, a file in Jinja or a tokenizer_config.json; null: that of the run or its
     # tokenizer, else the plain one of forescale finetune
     template: str | None = None
+    open: bool = False  # open its page, a chat, in a browser; --open does the same
     max_tokens: int = key(1024, ge=1)  # the most tokens of an answer
     batch: int = key(16, ge=1)  # the most answers that are decoded at once, and of one request
     queue: int = key(64, ge=1)  # requests that may wait; further ones get error 429
@@ -53,6 +57,7 @@ class ServeJob(ModelJob):
 JOB = ServeJob
 EXAMPLES = (
     "serve first",
+    "serve first --open",
     "serve first port=8080 max_tokens=256",
     "serve first template=tokenizer_config.json",
 )
@@ -60,12 +65,17 @@ EXAMPLES = (
 
 def main(arguments: list[str]) -> int:
     """Serve until Ctrl-C or SIGTERM; say on stdout where."""
-    server = open_server(parse(ServeJob, arguments))
+    job = parse(ServeJob, arguments)
+    print(f"Loading {job.target} ...", file=sys.stderr, flush=True)
+    server = open_server(job)
     host, port = server.address
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     tell_line({"name": server.service.name, "url": f"http://{address}/v1"})
     print(f"Serving {server.service.name} at http://{address}/v1 (Ctrl-C ends it).")
+    print(f"A page to chat with it: http://{address}/")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if job.open:  # the browser's request waits until the loop below takes it: the socket listens
+        webbrowser.open(f"http://{address}/")
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -76,7 +86,7 @@ def main(arguments: list[str]) -> int:
 def open_server(job: ServeJob) -> "Server":
     """Return the server of a job, which listens. Raises UserError."""
     from forescale.inference.generation import Answer
-    from forescale.inference.question import chat_question, question_of
+    from forescale.inference.question import chat_question, question_of, question_of_ids
     from forescale.serving.app import Service
     from forescale.serving.request import Limits, Refused, too_long
     from forescale.serving.scheduler import Scheduler
@@ -96,8 +106,10 @@ def open_server(job: ServeJob) -> "Server":
         if longest and (fewest := -(-len(text.encode()) // longest)) > most:
             raise too_long(f"at least {fewest:,}", most)
 
-    def question(prompt: "str | Messages") -> "Question":
+    def question(prompt: "Prompt") -> "Question":
         """Return a prompt or a chat as the model reads it. Raises Refused, and UserError."""
+        if isinstance(prompt, tuple):
+            return question_of_ids(view, prompt)
         if isinstance(prompt, str):
             check(prompt)
             return question_of(view, prompt)
@@ -122,6 +134,7 @@ def open_server(job: ServeJob) -> "Server":
         seconds=job.seconds,
         hosts=job.hosts,
         key=os.environ.get(KEY) or None,
+        chats=kept_template(view.run) is not None or template.source != PLAIN,
     )
     others = max(8, job.connections // 4)
     each = job.client_connections or (job.connections if is_loopback(job.host) else others)

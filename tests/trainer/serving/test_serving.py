@@ -9,6 +9,7 @@ import sys
 import threading
 
 import pytest
+import torch
 
 from forescale import open_run
 from forescale.verbs import serve
@@ -44,6 +45,59 @@ def test_a_completion_is_the_text_that_generate_writes(port, trained, forescale)
     events = streamed(port, "/v1/completions", LIKELIEST | {"stream_options": {"include_usage": 1}})
     assert "".join(event["choices"][0]["text"] for event in events) == choice["text"]
     assert events[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_log_probabilities_are_those_of_the_model_alone(port, trained):
+    """Whatever the temperature, and whether a prompt is given as a text or as its ids."""
+    view = open_run(trained.path)
+    ids, how = view.tokenizer.encode(PROMPT).ids, {"logprobs": 3, "echo": True, "max_tokens": 4}
+    answer = ask(port, "/v1/completions", {"prompt": ids, **how, "seed": 1})[1]["choices"][0]
+    shown = answer["logprobs"]
+    assert answer["text"].startswith(PROMPT)
+    assert "".join(shown["tokens"][len(ids) :]) == answer["text"][len(PROMPT) :]
+    every = [*ids, *(view.tokenizer.encode(answer["text"]).ids[len(ids) :])]
+    if len(every) == len(shown["tokens"]):  # else its text has other tokens than it was written by
+        with torch.no_grad():
+            logs = view.model()(torch.tensor([every]))[0].float().log_softmax(-1)
+        want = logs[:-1].gather(1, torch.tensor(every[1:])[:, None])[:, 0].tolist()
+        assert shown["token_logprobs"][0] is None
+        assert shown["token_logprobs"][1:] == pytest.approx(want, abs=1e-4)
+        tops = [sorted(place.values(), reverse=True) for place in shown["top_logprobs"][1:]]
+        assert [top[0] for top in tops] == pytest.approx(logs[:-1].amax(-1).tolist(), abs=1e-4)
+    offset = shown["text_offset"]
+    assert (offset[0], answer["text"][offset[1] :]) == (0, "".join(shown["tokens"][1:]))
+    text = ask(port, "/v1/completions", {"prompt": PROMPT, **how, "max_tokens": 0})[1]
+    again = text["choices"][0]["logprobs"]["token_logprobs"]
+    assert again[1:] == pytest.approx(shown["token_logprobs"][1 : len(ids)])
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3, "seed": 1}
+    body |= {"logprobs": True, "top_logprobs": 2}
+    whole = ask(port, "/v1/chat/completions", body)[1]["choices"][0]
+    places = whole["logprobs"]["content"]
+    assert [len(place["top_logprobs"]) for place in places] == [2, 2, 2]
+    events = streamed(port, "/v1/chat/completions", body)
+    parts = [event["choices"][0]["logprobs"] for event in events]
+    assert [place for part in parts if part for place in part["content"]] == places
+
+
+def test_the_evaluation_harness_scores_through_the_server(port, trained):
+    """By the client that lm-evaluation-harness has for servers, which sends token ids."""
+    client = pytest.importorskip("lm_eval.models.openai_completions", reason="needs lm_eval")
+    transformers = pytest.importorskip("transformers", reason="needs pip install transformers")
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    how = dict(model="small", tokenizer_backend=None, max_length=32, num_concurrent=1)
+    api = client.LocalCompletionsAPI(base_url=url, batch_size=2, **how)
+    tokenizer = open_run(trained.path).tokenizer
+    api.tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    api.tokenizer_backend = "huggingface"  # which else reads a directory with an exported tokenizer
+    rows = [([5, 6, 7], [8, 9]), ([10, 11], [12])]
+    scores = api._loglikelihood_tokens([((str(i), ""), *row) for i, row in enumerate(rows)])
+    model = open_run(trained.path).model()
+    for (start, rest), (total, is_greedy) in zip(rows, scores, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([start + rest]))[0, len(start) - 1 : -1].float()
+        want = logits.log_softmax(-1).gather(1, torch.tensor(rest)[:, None]).sum()
+        assert total == pytest.approx(float(want), abs=1e-4)
+        assert is_greedy == (logits.argmax(-1).tolist() == rest)
 
 
 def test_several_prompts_and_samples_are_numbered_and_repeat_with_their_seed(port):
@@ -107,6 +161,10 @@ def test_a_template_that_is_none_is_refused(trained, forescale, tmp_path):
         (b"[" * 3000, 400, "not valid JSON"),
         ([], 400, "must be a JSON object"),
         ({"prompt": 3}, 400, "`prompt` must be"),
+        ({"prompt": [3, "a"]}, 400, "`prompt` must be"),
+        ({"prompt": [3, 99999]}, 400, "has the token id 99999"),
+        ({"prompt": "a", "logprobs": 21}, 400, "'logprobs' must be"),
+        ({"prompt": "a", "max_tokens": 0}, 400, "'max_tokens' must be"),
         ({"max_tokens": 41}, 400, "'max_tokens' must be a whole number from 1 to 40"),
         ({"n": 5}, 400, "'n' must be"),
         ({"prompt": ["a"] * 5}, 400, "5 answers; at most 4"),
@@ -173,6 +231,21 @@ def test_a_key_is_checked_before_the_body_is_read(trained, monkeypatch):
         assert ask(port, "/v1/models", method="GET", Authorization="Bearer sesame")[0] == 200
         head = "POST /v1/completions HTTP/1.1\nHost: localhost\nContent-Length: 3000"
         assert b" 401 " in exchange(port, head)  # of the body nothing has come
+
+
+def test_pages_of_other_sites_may_ask_only_where_a_key_is_needed(port, trained, monkeypatch):
+    wanted = {"Origin": "https://other.site", "Access-Control-Request-Method": "POST"}
+
+    def allowed(at):
+        connection = http.client.HTTPConnection("127.0.0.1", at, timeout=60)
+        connection.request("OPTIONS", "/v1/completions", headers=wanted)
+        return connection.getresponse().getheader("Access-Control-Allow-Origin")
+
+    assert allowed(port) is None
+    monkeypatch.setenv("FORESCALE_API_KEY", "k")
+    for server in serving(trained):
+        assert allowed(server.address[1]) == "*"
+        assert ask(server.address[1], "/v1/models", method="GET")[0] == 401
 
 
 def test_slow_and_too_many_clients_are_left(trained, monkeypatch):
@@ -260,5 +333,5 @@ def test_the_server_stops_on_a_signal_and_ends_open_requests(trained):
         port = int(process.stdout.readline().partition("127.0.0.1:")[2].partition("/")[0])
         assert ask(port, "/health", method="GET")[0] == 200
         process.send_signal(signal.SIGTERM)
-        assert process.stdout.read() == "Stopped.\n"
+        assert process.stdout.read().endswith("Stopped.\n")
     assert process.returncode == 0
