@@ -50,25 +50,27 @@ def test_a_completion_is_the_text_that_generate_writes(port, trained, forescale)
 def test_log_probabilities_are_those_of_the_model_alone(port, trained):
     """Whatever the temperature, and whether a prompt is given as a text or as its ids."""
     view = open_run(trained.path)
-    ids, how = view.tokenizer.encode(PROMPT).ids, {"logprobs": 3, "echo": True, "max_tokens": 4}
-    answer = ask(port, "/v1/completions", {"prompt": ids, **how, "seed": 1})[1]["choices"][0]
-    shown = answer["logprobs"]
-    assert answer["text"].startswith(PROMPT)
-    assert "".join(shown["tokens"][len(ids) :]) == answer["text"][len(PROMPT) :]
-    every = [*ids, *(view.tokenizer.encode(answer["text"]).ids[len(ids) :])]
-    if len(every) == len(shown["tokens"]):  # else its text has other tokens than it was written by
-        with torch.no_grad():
-            logs = view.model()(torch.tensor([every]))[0].float().log_softmax(-1)
-        want = logs[:-1].gather(1, torch.tensor(every[1:])[:, None])[:, 0].tolist()
-        assert shown["token_logprobs"][0] is None
-        assert shown["token_logprobs"][1:] == pytest.approx(want, abs=1e-4)
-        tops = [sorted(place.values(), reverse=True) for place in shown["top_logprobs"][1:]]
-        assert [top[0] for top in tops] == pytest.approx(logs[:-1].amax(-1).tolist(), abs=1e-4)
-    offset = shown["text_offset"]
-    assert (offset[0], answer["text"][offset[1] :]) == (0, "".join(shown["tokens"][1:]))
-    text = ask(port, "/v1/completions", {"prompt": PROMPT, **how, "max_tokens": 0})[1]
-    again = text["choices"][0]["logprobs"]["token_logprobs"]
-    assert again[1:] == pytest.approx(shown["token_logprobs"][1 : len(ids)])
+    ids, how = view.tokenizer.encode(PROMPT).ids, {"logprobs": 3, "echo": True, "seed": 1}
+    echoed = ask(port, "/v1/completions", {"prompt": ids, **how, "max_tokens": 0})[1]
+    numbers = echoed["choices"][0]["logprobs"]
+    with torch.no_grad():
+        logs = view.model()(torch.tensor([ids]))[0].float().log_softmax(-1)
+    want = logs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    assert numbers["token_logprobs"] == [None, *(pytest.approx(x, abs=1e-4) for x in want)]
+    tops = [max(place.values()) for place in numbers["top_logprobs"][1:]]
+    assert tops == pytest.approx(logs[:-1].amax(-1).tolist(), abs=1e-4)
+    assert echoed["choices"][0]["text"] == PROMPT
+    body = {"prompt": PROMPT, **how, "max_tokens": 4, "temperature": 2.0}
+    (choice,) = ask(port, "/v1/completions", body)[1]["choices"]
+    text, numbers = choice["text"], choice["logprobs"]
+    assert text.startswith(PROMPT)
+    assert len(numbers["tokens"]) == len(ids) + 4
+    assert numbers["token_logprobs"][1 : len(ids)] == pytest.approx(want, abs=1e-4)
+    assert numbers["token_logprobs"][len(ids)] <= max(numbers["top_logprobs"][len(ids)].values())
+    assert max(numbers["top_logprobs"][len(ids)].values()) == pytest.approx(
+        float(logs[-1].max()), abs=1e-4
+    )
+    assert numbers["text_offset"][len(ids)] == len(PROMPT)
     body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3, "seed": 1}
     body |= {"logprobs": True, "top_logprobs": 2}
     whole = ask(port, "/v1/chat/completions", body)[1]["choices"][0]
@@ -234,11 +236,11 @@ def test_a_key_is_checked_before_the_body_is_read(trained, monkeypatch):
 
 
 def test_pages_of_other_sites_may_ask_only_where_a_key_is_needed(port, trained, monkeypatch):
-    wanted = {"Origin": "https://other.site", "Access-Control-Request-Method": "POST"}
+    site = {"Origin": "https://other.site", "Access-Control-Request-Method": "POST"}
 
     def allowed(at):
         connection = http.client.HTTPConnection("127.0.0.1", at, timeout=60)
-        connection.request("OPTIONS", "/v1/completions", headers=wanted)
+        connection.request("OPTIONS", "/v1/completions", headers=site)
         return connection.getresponse().getheader("Access-Control-Allow-Origin")
 
     assert allowed(port) is None

@@ -36,12 +36,15 @@ def messages(*texts):
     return [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
 
 
-def typed(monkeypatch, raw: bytes) -> None:
-    """Let standard input be these lines."""
+def typed(monkeypatch, raw: bytes, is_person=False) -> None:
+    """Let standard input be these lines, of a pipe or as if typed in a terminal."""
     file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the test's end
     file.write(raw)
     file.seek(0)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
+    stream = io.TextIOWrapper(file)
+    monkeypatch.setattr(sys, "stdin", stream)
+    if is_person:
+        monkeypatch.setattr(stream, "isatty", lambda: True)
 
 
 def test_a_message_is_answered_after_the_prompt_of_the_template(chat, forescale):
@@ -49,6 +52,19 @@ def test_a_message_is_answered_after_the_prompt_of_the_template(chat, forescale)
     whole = forescale.prints("generate", chat.path, f"prompt='{prompt}'", *WORDS)
     answer = forescale.prints("generate", chat.path, "prompt=1?", "--chat", *WORDS)
     assert answer == whole.removeprefix(prompt)
+
+
+def test_a_person_has_commands_and_a_pipe_none(chat, forescale, monkeypatch):
+    words = ("generate", chat.path, *WORDS, "--chat", "--interactive", "--json")
+    lines = b"1?\n/clear\n1?\n/help\n/quit\n1?\n"
+    typed(monkeypatch, lines, is_person=True)
+    _, out, err = forescale(*words)
+    first, second = (json.loads(line[line.index("{") :]) for line in out.splitlines())
+    assert first["text"] == second["text"]
+    assert "/help shows the commands" in err
+    assert "/quit    end" in err
+    typed(monkeypatch, lines)
+    assert len(forescale(*words)[1].splitlines()) == 6
 
 
 def test_lines_are_a_conversation_until_an_empty_one(chat, forescale, monkeypatch):
