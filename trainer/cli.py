@@ -92,7 +92,7 @@ def _sentence(verb: str, e: Exception) -> UserError | None:
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         return _page(usage() + "\n")
-    if arguments[0] == "--version":
+    if arguments[0] in ("-V", "--version"):
         try:
             return _page(version("forescale") + "\n")
         except PackageNotFoundError:  # run from a checkout that isn't installed

@@ -127,9 +127,15 @@ def test_the_page(forescale, words):
 
 
 def test_the_version(forescale):
-    code, out, _ = forescale("--version")
-    assert code == 0
-    assert out == f"{versions()['forescale']}\n"  # "unknown" in a checkout that isn't installed
+    for word in ("--version", "-V"):
+        code, out, _ = forescale(word)
+        assert code == 0
+        assert out == f"{versions()['forescale']}\n"  # "unknown" where it isn't installed
+
+
+def test_a_mistyped_flag_is_named(forescale):
+    assert "--hepl: is not KEY=VALUE; did you mean --help?" in forescale.refuses("train", "--hepl")
+    assert "did you mean --open?" in forescale.refuses("serve", "first", "--opn")
 
 
 @pytest.mark.parametrize("name", cli.VERBS)

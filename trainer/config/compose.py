@@ -100,7 +100,7 @@ def compose(
     """
     known, keys = groups(schema, conf_dirs), leaves(schema)
     faults: list[Problem] = []
-    picks, typed, earlier = _read(overrides, known, keys, faults)
+    picks, typed, earlier = _read(overrides, known, keys, faults, schema.FLAGS)
     if _TARGET in typed and "model" in known:
         picks.setdefault("model", "custom")  # without the keys of our default model
     composed = _hydra(schema, picks, conf_dirs)
@@ -206,6 +206,7 @@ def _read(
     known: dict[str, Group],
     schema: dict[str, Leaf],
     faults: list[Problem],
+    flags: Iterable[str] = (),
 ) -> tuple[dict[str, str], dict[str, str], list[tuple[str, str]]]:
     """Return (group -> choice, key -> text of its value, earlier values of repeated sections).
 
@@ -225,8 +226,11 @@ def _read(
             todo = f"set another value, such as {name[1:]}=null"
             faults.append(Problem(where, "a key can't be removed", todo))
         elif not equals or not re.fullmatch(r"[^\W\d][\w-]*(\.[\w-]+)*", name):
-            near = nearest_first(name, [*schema, *known])[0]
-            faults.append(Problem(where, "is not KEY=VALUE", f"write, for example, {near}=VALUE"))
+            if name.startswith("--"):
+                todo = f"did you mean {nearest_first(name, ['--help', '--json', *flags])[0]}?"
+            else:
+                todo = f"write, for example, {nearest_first(name, [*schema, *known])[0]}=VALUE"
+            faults.append(Problem(where, "is not KEY=VALUE", todo))
         elif name not in known or value.startswith("{"):
             if name in typed and name not in schema:
                 earlier.append((name, typed[name]))
