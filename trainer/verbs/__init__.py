@@ -35,7 +35,7 @@ VERBS = {
     "logs": "Follow the output of a run's ranks; of a failed run, the rank that failed first.",
     "stop": "Let a run save and end, wherever it runs; SLURM does not start it again.",
     "generate": "Write text with a trained model, or chat with it.",
-    "serve": "Serve a trained model over HTTP, to OpenAI's clients.",
+    "serve": "Serve a trained model: a page to chat with it, and OpenAI's API.",
     "eval": "Score a trained model: loss on held-out text, tasks of lm-evaluation-harness.",
     "inspect": "Draw what a model does while it reads a text: attention, layers, ablations.",
     "export": "Write a checkpoint as a Hugging Face transformers model.",
