@@ -36,6 +36,12 @@ from forescale.run.stored import StoredChat
 # batch, warm-up and cosine are ours too; and, for imported weights, which have no peak and no batch
 # of their own here, its AdamW, without weight decay.
 RATE, EPOCHS, BATCH, WARMUP = 1 / 15, 3.0, 128, Duration(3, "percent")
+# Alpaca had 52,000 examples, and 1,218 updates. Of few examples its batch would leave a handful, so
+# it shrinks to a power of two that leaves so many, where the examples are enough for them.
+UPDATES = 100
+LENGTH = (
+    1024  # columns of a row of imported weights, unless an example is longer; as TRL's trainers
+)
 # Of preferences: Zephyr 7B (Tunstall et al. 2023, arXiv 2310.16944) learned them by DPO with 5e-7,
 # after fine-tuning with 2e-5: a fortieth. Its one epoch, warm-up and optimizer are ours too (the
 # recipe dpo/config_full.yaml of github.com/huggingface/alignment-handbook); the batch is that of
@@ -125,6 +131,14 @@ def _optimizer(origin: TrainJob, is_import: bool, are_preferences: bool) -> Opti
         factor /= LORA
     old = IMPORTED if is_import else origin.optimizer
     return old.scaled(factor)
+
+
+def smaller_batch(job: TrainJob, examples: int, epochs: float, least: int) -> TrainJob:
+    """Return the job with a batch, of `least` or more, for about UPDATES steps, if it is larger."""
+    most = max(1, round(epochs * examples / UPDATES))
+    batch = min(job.train.global_batch, max(least, 1 << (most.bit_length() - 1)))
+    each = math.gcd(batch, job.train.micro_batch)
+    return replace(job, train=replace(job.train, global_batch=batch, micro_batch=each))
 
 
 def with_examples(job: TrainJob, dataset: Dataset, epochs: float | None) -> TrainJob:

@@ -7,7 +7,7 @@ built from the file of examples, in the cache.
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -30,15 +30,19 @@ from forescale.ground.console import progress_display
 from forescale.ground.document import tell_line
 from forescale.ground.errors import DONE, UserError
 from forescale.inference.view import RunView, open_view
+from forescale.plan.oom import fits_here
 from forescale.resilience import launcher
 from forescale.run.directory import Run, is_hf
 from forescale.run.feed import whole_rows_of
 from forescale.run.finetune import (
     EPOCHS,
     LATER_EPOCHS,
+    LENGTH,
+    UPDATES,
     chat_template,
     default_epochs,
     first_config,
+    smaller_batch,
     vocabulary_of_run,
     with_examples,
 )
@@ -64,7 +68,7 @@ class FinetuneJob(TrainJob):
     epochs: float | None = key(
         None,
         f"how often each example is read, unless train.steps is typed; null: {EPOCHS:g} times, "
-        f"preferences {LATER_EPOCHS:g}",
+        f"preferences {LATER_EPOCHS:g}; of few examples a step has fewer, for {UPDATES} steps",
         gt=0,
         common=True,
     )
@@ -142,7 +146,10 @@ def main(arguments: list[str]) -> int:
     has_length = any(word.startswith(("train.steps=", "train.tokens=")) for word in words)
     is_settled = has_length or not (is_new or any(word.startswith("epochs=") for word in words))
     epochs = job.epochs or default_epochs(job.objective.are_preferences)
-    ready = with_examples(job.training, dataset, None if is_settled else epochs)
+    ready = job.training
+    if is_new and not is_settled:
+        ready = _with_batch(ready, words, dataset, epochs, view.run.is_import, job.prepare_only)
+    ready = with_examples(ready, dataset, None if is_settled else epochs)
     check(ready, local_ranks(ready))
     started = start(ready, newest=newest_step)
     remember(started.job, started.run.path)
@@ -153,6 +160,31 @@ def main(arguments: list[str]) -> int:
         print(f"\nNext:\n  forescale plan {where}\n  forescale train {where}")
         return DONE
     return load("train").main([str(started.run.path)])
+
+
+def _with_batch(
+    job: TrainJob, words: list[str], dataset: Dataset, epochs: float, is_import: bool, later: bool
+) -> TrainJob:
+    """Return the job with what is not typed: of few examples a smaller global batch; of imported
+    weights rows as the examples need, and as many at once as fit in this machine's memory.
+
+    later: another machine will train, perhaps with the eight GPUs of a usual node.
+    """
+    ranks = job.launch.processes.most if job.launch.processes else max(1, len(launcher.gpus()))
+    if _typed(words, "train.global_batch") is None:
+        examples = dataset.split("train").num_documents
+        job = smaller_batch(job, examples, epochs, max(ranks, 8) if later else ranks)
+    if is_import and _typed(words, "train.sequence_length") is None:
+        # Of its model, maybe 131,072. Examples have less than 2 ** n tokens, where n lengths count.
+        enough = max(LENGTH, 2 ** len(dataset.manifest["report"]["lengths"]))
+        columns = min(job.train.sequence_length, enough)
+        job = replace(job, train=replace(job.train, sequence_length=columns))
+    if later or not is_import or _typed(words, "train.micro_batch") is not None:
+        return job
+    batch = job.train.global_batch
+    sizes = (n for n in range(batch // ranks, 0, -1) if batch % (n * ranks) == 0)
+    jobs = (replace(job, train=replace(job.train, micro_batch=n)) for n in sizes)
+    return next((one for one in jobs if fits_here(one, ranks)), job)
 
 
 def _named(arguments: list[str]) -> tuple[list[str], RunView]:
@@ -188,7 +220,7 @@ def _introduce(started: Start, dataset: Dataset, is_new: bool, file: str) -> Non
         f"{origin.step:,}, with {parts['train']['documents']:,} examples; "
         f"{parts['validation']['documents']:,} are held out.\n"
         f"Peak learning rate {job.optimizer.learning_rate:g}, {job.total_steps:,} steps of "
-        f"{job.train.global_batch:,} examples."
+        f"{job.train.global_batch:,} example{'s' * (job.train.global_batch > 1)}."
     )
     left_out = dataset.manifest["report"]["left_out"]
     if sentence := faults_sentence(left_out, unit_of(file)):

@@ -1,12 +1,13 @@
 """`finetune`: a run that goes on from another's weights; all that it prints before it trains."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from forescale import open_dataset, open_run
 from forescale.models.adapters import num_adapters
-from forescale.run.finetune import first_config
+from forescale.run.finetune import first_config, smaller_batch
 from tests.questions import rows, write_rows
 from tests.trainer.small_run import STEPS
 
@@ -26,6 +27,18 @@ def test_the_run_has_the_config_of_its_origin_and_the_defaults_of_fine_tuning(
     )
     assert config.total_steps == math.ceil(3 * 57 / old.train.global_batch)
     assert config.steps_of(config.validation.every) == math.ceil(57 / old.train.global_batch)
+
+
+@pytest.mark.parametrize(
+    ("examples", "least", "batch"),
+    [(7, 1, 1), (7, 8, 8), (950, 1, 16), (5000, 1, 128), (9**6, 1, 128)],
+)
+def test_of_few_examples_a_step_has_fewer(origin, examples, least, batch):
+    config = open_run(origin.path).config
+    config = replace(config, train=replace(config.train, global_batch=128, micro_batch=32))
+    smaller = smaller_batch(config, examples, 3.0, least)
+    assert smaller.train.global_batch == batch
+    assert smaller.train.micro_batch == min(batch, 32)
 
 
 def test_imported_weights_have_rates_of_their_own(origin):
