@@ -159,22 +159,16 @@ def folds(config: ModelConfig) -> dict[str, float]:
 
     A `standard` model of the same sizes with the multiplied weights computes the same, up to the
     rounding of one product. Parameters that don't change are left out. Logits are linear in the
-    final norm's gain and bias, which a tied table does not share; without these they go into the
-    head alone. The mixer (BlockPart.folds) names
+    final norm's gain and bias, which a tied table does not share; The mixer (BlockPart.folds) names
     the module that scores are linear in. Rule 7 goes into the embedding; the final norm undoes it
     if the head is the same table. No exported model has sinusoidal positions, a dense head or a
-    stream that is normed. Raises ValueError where a tied table would have to take them.
+    stream that is normed.
     """
     if config.parametrization.kind == "standard":
         return {}
     s, scale = config.sizes, scales(config)
     scores = scale.attention * math.sqrt(s.head_dim)
-    by_module, parameters = {"norm": scale.logits}, shapes(config)
-    if "norm.weight" not in parameters:
-        if config.tie_embeddings:
-            problem = "has no place for the multiplier of the logits: no gain, and a tied table"
-            raise ValueError(f"parametrization={config.parametrization.kind} {problem}.")
-        by_module = {"head": scale.logits}
+    by_module = {"norm": scale.logits}
     for i, parts in enumerate(layers_of(config)):
         for name, part in parts.items():
             inner = part.folds(config, scores)
@@ -187,7 +181,7 @@ def folds(config: ModelConfig) -> dict[str, float]:
         by_module["embedding"] = scale.embedding / math.sqrt(s.width)
         if config.tie_embeddings:
             by_module["norm"] /= by_module["embedding"]
-    by_parameter = {name: by_module.get(name.rpartition(".")[0], 1.0) for name in parameters}
+    by_parameter = {name: by_module.get(name.rpartition(".")[0], 1.0) for name in shapes(config)}
     return {name: by for name, by in by_parameter.items() if by != 1.0}
 
 

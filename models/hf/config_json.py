@@ -101,10 +101,8 @@ def config_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
     )
     if "position.fraction" not in f.fits:
         assert isinstance(c.position, Rotary)
-        keys["partial_rotary_factor"] = c.position.fraction
-        keys["rope_parameters"] = keys["rope_parameters"] | {
-            "partial_rotary_factor": c.position.fraction
-        }
+        part = {"partial_rotary_factor": c.position.fraction}
+        keys |= part | {"rope_parameters": keys["rope_parameters"] | part}
     for key, (path, names) in f.keys.items():
         keys[key] = _to_key(c, path, names)
     return {f.aliases.get(key, key): value for key, value in keys.items()}
@@ -135,7 +133,7 @@ def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
     _check_types(hf)
     only(hf, "quantization_config")
     # SmolLM3 and others name the kinds of layers, although all have the same.
-    kinds = {*(hf.get("layer_types") or [])} - {FULL, *[SLIDING] * (f.layers in ("types", "bases"))}
+    kinds = {*(hf.get("layer_types") or [])} - {FULL, *[SLIDING] * (f.layers == "bases")}
     require(not kinds, "layer_types", sorted(map(str, kinds)))
     for key, value in f.constants.items():
         only(hf, key, value)
@@ -265,18 +263,12 @@ def _experts_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
             "intermediate_size": experts.width(c),
             "sliding_window": None,
         }
+    keys = {"num_experts": experts.experts, "num_experts_per_tok": experts.top_k}
+    keys |= {"norm_topk_prob": experts.renormalise}
     if family == "olmoe":
-        return {
-            "num_experts": experts.experts,
-            "num_experts_per_tok": experts.top_k,
-            "intermediate_size": experts.width(c),
-            "norm_topk_prob": experts.renormalise,
-        }
-    return {
-        "num_experts": experts.experts,
-        "num_experts_per_tok": experts.top_k,
+        return keys | {"intermediate_size": experts.width(c)}
+    return keys | {
         "moe_intermediate_size": experts.width(c),
-        "norm_topk_prob": experts.renormalise,
         "decoder_sparse_step": 1,
         "mlp_only_layers": list(range(experts.dense_layers)),
     }
@@ -300,8 +292,7 @@ def _experts_from_hf(family: str, hf: dict[str, Any]) -> dict[str, Any]:
     if family in ("mixtral", "olmoe"):
         width = hf["intermediate_size"]
         block |= {"expert_width": width}
-        if family == "olmoe":
-            block |= {"renormalise": hf.get("norm_topk_prob", False)}
+        block |= {"renormalise": family == "mixtral" or hf.get("norm_topk_prob", False)}
         return {"mlp": block, "mlp_width": top_k * width}
     dense = list(hf.get("mlp_only_layers") or [])
     only(hf, "decoder_sparse_step", 1)

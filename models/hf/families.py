@@ -9,8 +9,8 @@ from typing import Any, Literal
 from forescale.models.config import ModelConfig
 
 # How the layers of a family differ: not at all; all have one window, or none; each has a window or
-# none (`types`), and each of the two a base of rotations (`bases`); some don't rotate.
-Layers = Literal["alike", "window", "types", "bases", "rotation"]
+# none, and each of the two kinds a base of rotations; some don't rotate.
+Layers = Literal["alike", "window", "bases", "rotation"]
 
 
 @dataclass(frozen=True)
@@ -43,60 +43,38 @@ class Family:
     gains_less_one: bool = False
 
 
-_LLAMA_INNER = {
-    "mixer_norm": "input_layernorm",
-    "mixer.query": "self_attn.q_proj",
-    "mixer.key": "self_attn.k_proj",
-    "mixer.value": "self_attn.v_proj",
-    "mixer.output": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-}
+def _names(text: str) -> dict[str, str]:
+    """Return our module -> the Hugging Face name, of pairs."""
+    return dict(pair.split("=") for pair in text.split())
+
+
+_LLAMA_INNER = _names(
+    "mixer_norm=input_layernorm mixer.query=self_attn.q_proj mixer.key=self_attn.k_proj "
+    "mixer.value=self_attn.v_proj mixer.output=self_attn.o_proj mlp_norm=post_attention_layernorm "
+    "mlp.up=mlp.up_proj mlp.down=mlp.down_proj"
+)
 _GATE = {"mlp.gate": "mlp.gate_proj"}
-_QK_NORM = {"mixer.query_norm": "self_attn.q_norm", "mixer.key_norm": "self_attn.k_norm"}
-_LLAMA_OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+_QK_NORM = _names("mixer.query_norm=self_attn.q_norm mixer.key_norm=self_attn.k_norm")
+_LLAMA_OUTER = _names("embedding=model.embed_tokens norm=model.norm head=lm_head")
 # The choices of all families that do not override them.
-_PLAIN = {
-    "mixer": "attention",
-    "mixer.qkv_bias": False,
-    "mixer.gate": "none",
-    "mixer.value_residual": 0.0,
-    "mixer.token_shift": False,
-    "mixer.score_dim": None,
-    "causal": True,
-    "encoder_layers": 0,
-    "norm.placement": "pre",
-    "norm.embedding": False,
-    "head": "linear",
-    "head.softcap": 0.0,
-    "head.bias": False,
-    "value_embedding": 0,
-    "bigram_rows": 0,
-    "scale_embedding": False,
-}
+_PLAIN: dict[str, Any] = {"mixer": "attention", "mixer.qkv_bias": False, "mixer.gate": "none"}
+_PLAIN |= {"mixer.value_residual": 0.0, "mixer.token_shift": False, "mixer.score_dim": None}
+_PLAIN |= {"causal": True, "encoder_layers": 0, "norm.placement": "pre", "norm.embedding": False}
+_PLAIN |= {"head": "linear", "head.softcap": 0.0, "head.bias": False, "scale_embedding": False}
+_PLAIN |= {"value_embedding": 0, "bigram_rows": 0}
 _ROTARY = _PLAIN | {"position": "rotary", "position.fraction": 1.0, "norm": "rmsnorm"}
 _DENSE = {"mlp": "swiglu", "mixer.qk_norm": "none"}
 _EXPERTS = {"mlp": "moe", "bias": False, "mlp.scores": "softmax", "mlp.shared": 0}
 _RATIOS = {"num_kv_heads": "num_heads", "head_dim": "width / num_heads"}
-_POST_NORMS = {"mixer_post_norm": "post_attention_layernorm"}
-_POST_NORMS |= {"mlp_post_norm": "post_feedforward_layernorm"}
+_POST_NORMS = _names(
+    "mixer_post_norm=post_attention_layernorm mlp_post_norm=post_feedforward_layernorm"
+)
 _WINDOWS = {"mixer": ("attention", "window")}
 _OLMO2 = {"mlp": "swiglu", "norm.placement": "post", "mixer.qk_norm": "layer", "bias": False}
 _GEMMA = {"mlp": "geglu", "scale_embedding": True, "bias": False}
 _GEMMA_ACT = {"hidden_act": ("mlp", {"gelu_pytorch_tanh": "geglu", "gelu": "geglu"})}
-_PLAIN_ACT = {
-    "hidden_act": (
-        "mlp",
-        {
-            "gelu_new": "gelu",
-            "gelu": "gelu_exact",
-            "gelu_fast": "gelu",
-            "gelu_pytorch_tanh": "gelu",
-            "relu": "relu",
-        },
-    )
-}
+_UNGATED = {"gelu_new": "gelu", "gelu": "gelu_exact", "gelu_fast": "gelu", "relu": "relu"}
+_PLAIN_ACT = {"hidden_act": ("mlp", _UNGATED | {"gelu_pytorch_tanh": "gelu"})}
 _LAYERNORM = {"norm": "layernorm", "norm.gain": True, "bias": True}
 _BIASED = _LAYERNORM | {"mlp": ("gelu", "gelu_exact", "relu")}
 _EPS_OF_LAYERNORM = {"rms_norm_eps": "layer_norm_eps"}
@@ -187,8 +165,7 @@ FAMILIES = {
         "GemmaForCausalLM",
         _GEMMA | {"mixer.qk_norm": "none"},
         _GATE,
-        absent={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True}
-        | {"hidden_act": "gelu_pytorch_tanh"},
+        absent={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
         constants={"use_bidirectional_attention": False},
         keys=_GEMMA_ACT,
         gains_less_one=True,
@@ -200,8 +177,7 @@ FAMILIES = {
         without=("head.softcap", "mixer.score_dim"),
         absent={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True}
         | {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window": 4096}
-        | {"sliding_window_pattern": 6, "query_pre_attn_scalar": 256}
-        | {"hidden_act": "gelu_pytorch_tanh"},
+        | {"sliding_window_pattern": 6, "query_pre_attn_scalar": 256},
         aliases={"hidden_act": "hidden_activation"},
         constants={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
         keys=_GEMMA_ACT
@@ -248,20 +224,13 @@ FAMILIES = {
         | _BIASED
         | _RATIOS
         | {"norm.placement": ("parallel", "pre"), "mixer.qk_norm": "none"},
-        {
-            "embedding": "gpt_neox.embed_in",
-            "norm": "gpt_neox.final_layer_norm",
-            "head": "embed_out",
-        },
+        _names("embedding=gpt_neox.embed_in norm=gpt_neox.final_layer_norm head=embed_out"),
         "gpt_neox.layers.{}",
-        {
-            "mixer_norm": "input_layernorm",
-            "mixer.qkv": "attention.query_key_value",
-            "mixer.output": "attention.dense",
-            "mlp_norm": "post_attention_layernorm",
-            "mlp.up": "mlp.dense_h_to_4h",
-            "mlp.down": "mlp.dense_4h_to_h",
-        },
+        _names(
+            "mixer_norm=input_layernorm mixer.qkv=attention.query_key_value "
+            "mixer.output=attention.dense mlp_norm=post_attention_layernorm "
+            "mlp.up=mlp.dense_h_to_4h mlp.down=mlp.dense_4h_to_h"
+        ),
         absent={"rms_norm_eps": 1e-5, "partial_rotary_factor": 0.25, "hidden_act": "gelu"}
         | {"use_parallel_residual": True},
         aliases=_EPS_OF_LAYERNORM
@@ -276,21 +245,14 @@ FAMILIES = {
         | _RATIOS
         | _LAYERNORM
         | {"position": "learned", "mlp": "gelu", "mixer.qk_norm": "none"},
-        {
-            "embedding": "transformer.wte",
-            "position": "transformer.wpe",
-            "norm": "transformer.ln_f",
-            "head": "lm_head",
-        },
+        _names(
+            "embedding=transformer.wte position=transformer.wpe norm=transformer.ln_f head=lm_head"
+        ),
         "transformer.h.{}",
-        {
-            "mixer_norm": "ln_1",
-            "mixer.qkv": "attn.c_attn",
-            "mixer.output": "attn.c_proj",
-            "mlp_norm": "ln_2",
-            "mlp.up": "mlp.c_fc",
-            "mlp.down": "mlp.c_proj",
-        },
+        _names(
+            "mixer_norm=ln_1 mixer.qkv=attn.c_attn mixer.output=attn.c_proj "
+            "mlp_norm=ln_2 mlp.up=mlp.c_fc mlp.down=mlp.c_proj"
+        ),
         absent={"tie_word_embeddings": True},
         fused="thirds",
     ),

@@ -54,7 +54,7 @@ def _of_layers(family: str, config: ModelConfig) -> str:
         return "" if thetas <= {None, 0} else "mixer.theta=0 or none, and no other base"
     if thetas != {None} and (rule != "bases" or 0 in thetas):
         return f"no mixer.theta={', '.join(_typed(t) for t in thetas if t is not None)}"
-    if rule in ("types", "bases"):
+    if rule == "bases":
         return "" if all(len(of) == 1 for of in kinds.values()) else "one width of all windows"
     return "" if rule == "alike" or len(kinds) == 1 else "the same mixer in each layer"
 

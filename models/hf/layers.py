@@ -28,13 +28,9 @@ def layers_to_hf(family: str, c: ModelConfig, rope: dict[str, Any]) -> dict[str,
         return width
     width = width if windows else {"sliding_window": c.sizes.max_sequence_length}  # never null
     keys = width | {"layer_types": [SLIDING if m.kind == "window" else FULL for m in c.mixers]}
-    if rule == "types":
-        return keys
-    plain = {"rope_type": "default"}
+    thetas = {SLIDING if m.kind == "window" else FULL: getattr(m, "theta", None) for m in c.mixers}
     bases = {FULL: rope, SLIDING: rope}  # every kind is there, as transformers wants it
-    for mixer in c.mixers:
-        if isinstance(mixer, Attention) and mixer.theta is not None:
-            bases[SLIDING if mixer.kind == "window" else FULL] = plain | {"rope_theta": mixer.theta}
+    bases |= {k: {"rope_type": "default", "rope_theta": by} for k, by in thetas.items() if by}
     # transformers 4 reads the first.
     return keys | {"rope_local_base_freq": bases[SLIDING]["rope_theta"], "rope_parameters": bases}
 
@@ -48,17 +44,14 @@ def layers_from_hf(family: str, hf: dict[str, Any], mixer: Attention) -> dict[st
     rule, count = FAMILIES[family].layers, hf["num_hidden_layers"]
     types = hf.get("layer_types") or [FULL] * count
     width, longest = hf.get("sliding_window"), hf["max_position_embeddings"]
-    full: Mixer = mixer
     if rule == "rotation":
         every = hf.get("no_rope_layer_interval", 4)
-        turns = hf.get("no_rope_layers")
-        if turns is None:
-            turns = [int((i + 1) % every != 0) for i in range(count)]
+        turns = hf.get("no_rope_layers") or [(i + 1) % every for i in range(count)]
         still = replace(mixer, theta=0)
-        return _pattern([full if turn else still for turn in turns[:count]])
+        return _pattern([mixer if turn else still for turn in turns[:count]])
     if rule == "window":
         types = [SLIDING if width else FULL] * count
-    elif rule in ("types", "bases") and not hf.get("layer_types"):
+    elif rule == "bases" and not hf.get("layer_types"):
         every = hf["sliding_window_pattern"]
         types = [SLIDING if (i + 1) % every else FULL for i in range(count)]
     window = mixer
@@ -66,7 +59,7 @@ def layers_from_hf(family: str, hf: dict[str, Any], mixer: Attention) -> dict[st
         window = Window(**vars(mixer), window=width)
     if rule == "bases" and (theta := _own_base(hf)) is not None:
         window = replace(window, theta=theta)
-    return _pattern([full if one == FULL else window for one in types[:count]])
+    return _pattern([mixer if one == FULL else window for one in types[:count]])
 
 
 def _own_base(hf: dict[str, Any]) -> float | None:

@@ -108,9 +108,7 @@ class Attention(Softmax):
             problem = f"{self.value_residual} is no part of a layer's values"
             problems.append(("value_residual", problem, "give above 0 and below 1, or 0 for none"))
         if self.theta is not None and not 0 <= self.theta < math.inf:
-            problems.append(
-                ("theta", f"{self.theta} is no base", "give more, or 0 for no rotation")
-            )
+            problems.append(("theta", f"{self.theta} is no base", "give 0 for no rotation"))
         if self.score_dim is not None and not 0 < self.score_dim < math.inf:
             problems.append(("score_dim", "must be above 0", "leave it out for head_dim"))
         return problems

@@ -19,6 +19,7 @@ from forescale.data.tokenizer import declared_ends
 from forescale.ground.errors import UserError
 from forescale.ground.storage import fsync_path, staged
 from forescale.inference.hf_directory import CONFIG, as_text
+from forescale.inference.remote_code import ARCHITECTURE, MODELING, as_code, without_code
 from forescale.inference.view import RunView
 from forescale.models.adapters import is_adapter
 from forescale.models.config import ModelConfig
@@ -36,10 +37,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def family(view: RunView) -> str:
-    """Return the transformers class that the run's model fits.
-
-    Raises UserError that names the keys in the way, if none fits.
-    """
+    """Return the transformers class that the run's model fits, or the class of the file that an
+    export brings (remote_code.py). Raises UserError that says why neither is."""
     model = view.config.model
     if not isinstance(model, ModelConfig):
         problem = f"is your own class {model.target}, which transformers doesn't know"
@@ -49,7 +48,9 @@ def family(view: RunView) -> str:
     try:
         return FAMILIES[family_of(model)].architecture
     except ValueError as e:
-        problem = str(e).rstrip(".")
+        if not (absent := without_code(model)):
+            return ARCHITECTURE
+        problem = f"{str(e).rstrip('.')}; and {MODELING} has no {absent}"
         todo = f"train with those keys, or load it with forescale.open_run({view.name!r})"
         raise UserError("model", problem[0].lower() + problem[1:], todo) from None
 
@@ -62,18 +63,24 @@ def export(view: RunView, checkpoint: Checkpoint, to: Path, dtype: str = "fp32")
     at a time. dtype: fp32, bf16 or fp16, of the weights, each rounded once, after all arithmetic.
     Raises UserError if no family fits, `to` exists or a weight is beyond the range of dtype.
     """
-    family(view)
+    architecture = family(view)
     model = view.config.model
     assert isinstance(model, ModelConfig)
     kind = _DTYPES[dtype]
     stored = checkpoint.weights().shapes  # with buffers
     checkpoint.expect_shapes({**stored, **shapes(model.resolved())}, merged=True)
     imported = view.run.read_imported()[CONFIG] if view.run.imported.is_file() else {}
-    config, tensors = to_hf(model, checkpoint.weights(), imported.get("model_type"))
+    weights = checkpoint.weights()
+    if architecture == ARCHITECTURE:
+        config, tensors = as_code(model, weights)
+    else:
+        config, tensors = to_hf(model, weights, imported.get("model_type"))
     config["dtype"] = str(kind).removeprefix("torch.")
     with _new_directory(to) as stage:
         for name, content in _small_files(view, config).items():
             (stage / name).write_text(as_text(content), "utf-8")
+        if architecture == ARCHITECTURE:
+            (stage / MODELING).write_bytes((Path(__file__).parent / MODELING).read_bytes())
         (stage / "tokenizer.json").write_bytes(view.run.verified_tokenizer().read_bytes())
         # A map, as a loop would hold the last tensor while the next is read.
         _write_weights(stage, map(partial(_rounded, kind), tensors))
@@ -100,7 +107,9 @@ def export_adapters(
 
     dtype: as in `export`. Raises UserError if the checkpoint has no adapters, and as `export` does.
     """
-    family(view)
+    if family(view) == ARCHITECTURE:
+        problem = "peft knows no adapters of a model that comes with its own code"
+        raise UserError("adapter", problem, "leave it out: export then writes the whole model")
     job = view.config
     assert isinstance(job.model, ModelConfig)
     if not any(map(is_adapter, checkpoint.shapes)):
@@ -124,7 +133,7 @@ def _rounded(kind: torch.dtype, named: tuple[str, Tensor]) -> tuple[str, Tensor]
     """Return a named tensor in the number format `kind`. Raises UserError if that makes a number
     infinite."""
     name, tensor = named
-    rounded = tensor.to(kind)
+    rounded = tensor.to(kind if tensor.is_floating_point() else tensor.dtype)
     if (lost := rounded.isinf() & tensor.isfinite()).any():
         largest, most = torch.finfo(kind).max, float(tensor[lost].abs().max())
         short = next(short for short, each in _DTYPES.items() if each == kind)

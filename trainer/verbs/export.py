@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     """Write the directory, and print how to load it."""
     job = parse(ExportJob, arguments)
     view = open_view(job.target or "", job.run.root)
-    from forescale.inference.export import export, family
+    from forescale.inference.export import MODELING, export, family
 
     architecture = family(view)  # refuse here, before gigabytes are read
     checkpoint = view.checkpoint(job.step)
@@ -64,12 +64,13 @@ def main(arguments: list[str]) -> int:
     tell({"path": to, "run": view.name, "step": step, "kind": "model", "bytes": size})
     if later := getattr(view.config.model, "mtp_layers", 0):
         print(f"Left out: model.mtp_layers={later}, which predict later tokens in training alone.")
+    trusts = ", trust_remote_code=True" if (to / MODELING).exists() else ""
     print(
         f"Run {view.name}, step {step:,}, as {architecture}: {to} ({size / 2**20:,.1f} MiB, "
         f"{job.dtype}).\n\nNext, in Python (pip install transformers):\n"
         f"  from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"  model = AutoModelForCausalLM.from_pretrained({str(to)!r}{_as_written(job)})\n"
-        f"  tokenizer = AutoTokenizer.from_pretrained({str(to)!r})"
+        f"  model = AutoModelForCausalLM.from_pretrained({str(to)!r}{_as_written(job)}{trusts})\n"
+        f"  tokenizer = AutoTokenizer.from_pretrained({str(to)!r}{trusts})"
     )
     return DONE
 

@@ -157,6 +157,21 @@ def test_what_fits_nowhere_is_refused_with_the_keys_in_the_way(small_data, tmp_p
     assert not (tmp_path / "hf").exists()
 
 
+def test_a_model_of_no_architecture_brings_its_code(small_data, tmp_path, forescale):
+    """As the first run does; its adapters alone would have no module to go to."""
+    run = make_run(small_data, tmp_path / "runs", "a", *BASE, "model.mixer.token_shift=true")
+    out = forescale.prints("export", run.path, f"to={tmp_path / 'hf'}", "dtype=bf16")
+    assert "as ForescaleForCausalLM" in out
+    assert "trust_remote_code=True" in out
+    assert (tmp_path / "hf/modeling_forescale.py").is_file()
+    assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "bfloat16"
+    weights = load_file(tmp_path / "hf/model.safetensors")
+    local = open_run(run.path).model().state_dict()
+    assert weights.keys() == local.keys()
+    assert all(torch.equal(weights[n], t.to(torch.bfloat16)) for n, t in local.items())
+    assert "own code" in forescale.refuses("export", run.path, "adapter=true")
+
+
 def test_a_class_of_the_users_own_is_refused(small_data, tmp_path, forescale):
     custom = ["model._target_=tests.trainer.inference.test_view.Tied", "model.width=16"]
     run = make_run(small_data, tmp_path / "runs", "own", *custom)
