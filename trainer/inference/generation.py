@@ -230,6 +230,14 @@ class ContinuousBatch:
         """Decode a token of each answer; return the pieces of text that are certain now, and each
         answer that ends now with its last piece. Raises UserError if logits are not finite; the
         batch is empty then."""
+        try:
+            return self._pieces()
+        except FloatingPointError as e:
+            self._batches, self._new = [], []
+            todo = "use an earlier checkpoint, from before the training diverged"
+            raise UserError("the model", f"can't write text ({e})", todo) from e
+
+    def _pieces(self) -> list[tuple[Answer, str]]:
         new, pieces = [], list[tuple[Answer, str]]()
         for answer in [answer for answer in self._new if answer.reason is None]:
             if text := answer.begin(self.model):
@@ -241,13 +249,8 @@ class ContinuousBatch:
             groups = [longer, [answer for answer in new if answer not in longer]]
         new_batches = [(_batch_of(self.model, group), group) for group in groups if group]
         batches, self._batches, self._new = [*self._batches, *new_batches], [], []
-        try:
-            for batch, answers in batches:
-                pieces += self._step_of(batch, answers)
-        except FloatingPointError as e:
-            self._batches = []
-            todo = "use an earlier checkpoint, from before the training diverged"
-            raise UserError("the model", f"can't write text ({e})", todo) from e
+        for batch, answers in batches:
+            pieces += self._step_of(batch, answers)
         return pieces
 
     def _step_of(self, batch: Batch, answers: list[Answer]) -> list[tuple[Answer, str]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+LEAST = -9999.0  # in the place of -inf, which JSON doesn't have; OpenAI's number for it
 Likeliest = tuple[tuple[int, float], ...]  # ids with their log probabilities, the highest first
 
 
@@ -26,12 +27,16 @@ class TokenScore:
 
 
 def scored(logits_NV: Tensor, ids: Sequence[int], count: int) -> list[tuple[float, Likeliest]]:
-    """Return the log probability of an id for each row of logits, and the `count` likeliest."""
+    """Return the log probability of an id for each row of logits, and the `count` likeliest. Raises
+    FloatingPointError if the logits give none."""
     chosen = torch.as_tensor(ids, device=logits_NV.device)[:, None]
     total_N1 = logits_NV.logsumexp(-1, keepdim=True)
-    values = (logits_NV.gather(1, chosen) - total_N1)[:, 0].tolist()
+    if not total_N1.isfinite().all():
+        raise FloatingPointError("the logits are not finite")
+    values = (logits_NV.gather(1, chosen) - total_N1).clamp_min(LEAST)[:, 0].tolist()
     top = logits_NV.topk(min(count, logits_NV.shape[1]))
-    pairs = zip(top.indices.tolist(), (top.values - total_N1).tolist(), strict=True)
+    numbers = (top.values - total_N1).clamp_min(LEAST).tolist()
+    pairs = zip(top.indices.tolist(), numbers, strict=True)
     likeliest = [tuple(zip(*pair, strict=True)) for pair in pairs]
     return [*zip(values, likeliest, strict=True)]
 

@@ -91,6 +91,8 @@ class Service:
                 question = self.question(prompt)
             except UserError as e:
                 raise Refused(400, f"The prompt {e.problem}; {e.todo}.", "prompt") from None
+            if request.generation.echo and question.source is not None:
+                raise Refused(400, "The prompt is a source, which no answer repeats.", "echo")
             tokens, context = len(question.source or question.start), question.max_context
             if tokens > context:
                 raise too_long(f"{tokens:,}", context)
