@@ -189,12 +189,10 @@ def _from_key(
         value = next(iter(names)) if value is None else value
         require(isinstance(value, str | bool) and value in names, key, value)
         value = names[value]
-    if not inner:
-        return replace(base, **{field: value})
-    if value is None:
-        return base
-    part = getattr(base, field)
-    return replace(base, **{field: replace(part, **{inner: value if names else float(value)})})
+    if inner and value is not None:
+        value = value if names else float(value)
+        value = replace(getattr(base, field), **{inner: value})
+    return base if value is None else replace(base, **{field: value})
 
 
 def _check_types(hf: dict[str, Any]) -> None:

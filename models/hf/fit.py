@@ -44,9 +44,7 @@ def differences(family: str, config: ModelConfig) -> dict[str, str]:
 
 def _of_layers(family: str, config: ModelConfig) -> str:
     """Return how the layers differ in a way that the family's don't, "" if they don't."""
-    kinds: dict[str, set[Any]] = {}
-    for mixer in config.mixers:
-        kinds.setdefault(mixer.kind, set()).add(mixer)
+    mixers, kinds = {*config.mixers}, {mixer.kind for mixer in config.mixers}
     if not {*_values(config, "mixer.global_tokens")} <= {0, ...}:
         return "mixer.global_tokens=0"
     rule, thetas = FAMILIES[family].layers, {*_values(config, "mixer.theta")}
@@ -55,7 +53,7 @@ def _of_layers(family: str, config: ModelConfig) -> str:
     if thetas != {None} and (rule != "bases" or 0 in thetas):
         return f"no mixer.theta={', '.join(_typed(t) for t in thetas if t is not None)}"
     if rule == "bases":
-        return "" if all(len(of) == 1 for of in kinds.values()) else "one width of all windows"
+        return "" if len(mixers) == len(kinds) else "one width of all windows"
     return "" if rule == "alike" or len(kinds) == 1 else "the same mixer in each layer"
 
 

@@ -64,17 +64,16 @@ def layers_from_hf(family: str, hf: dict[str, Any], mixer: Attention) -> dict[st
 
 def _own_base(hf: dict[str, Any]) -> float | None:
     """Return the base of rotations of windows, None if they rotate as all layers do."""
-    rope = hf.get("rope_parameters") or {}
+    rope, theta = hf.get("rope_parameters") or {}, hf["rope_theta"]
+    other = hf.get("rope_local_base_freq", theta)
     if FULL not in rope:  # transformers 4, where no scaling is of windows
-        other = float(hf.get("rope_local_base_freq", hf["rope_theta"]))
-        return None if other == hf["rope_theta"] and not hf.get("rope_scaling") else other
-    local = rope.get(SLIDING) or {"rope_type": "default"}
-    local = {"rope_theta": hf.get("rope_local_base_freq", hf["rope_theta"])} | local
-    if local == {"rope_theta": hf["rope_theta"]} | rope[FULL]:
+        return None if other == theta and not hf.get("rope_scaling") else float(other)
+    plain = {"rope_theta": theta, "rope_type": "default"}
+    local = plain | {"rope_theta": other} | (rope.get(SLIDING) or {})
+    if local == plain | rope[FULL]:
         return None
-    if (kind := local.get("rope_type", "default")) != "default":
-        problem = f"rope_parameters.{SLIDING} is {kind}, unlike that of {FULL}"
-        raise ValueError(f"its {problem}, a variant that is not computed here.")
+    if (kind := local["rope_type"]) != "default":
+        raise ValueError(f"its rope_parameters.{SLIDING} is {kind}, which is not computed here.")
     return float(local["rope_theta"])
 
 

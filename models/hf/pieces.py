@@ -16,7 +16,7 @@ from torch import Tensor
 from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
 from forescale.models.hf.config_json import config_from_hf
-from forescale.models.hf.families import FAMILIES, module_names
+from forescale.models.hf.families import FAMILIES, LACKING, module_names
 
 FUSED = ("query", "key", "value")  # some families have them in one matrix, in this order
 # Constants that older files hold.
@@ -96,7 +96,8 @@ def config_of(hf_config: dict[str, Any]) -> ModelConfig:
     """
     family = hf_config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise ValueError(f"its model_type is {family!r}, not one of {', '.join(FAMILIES)}.")
+        needs = f"; it needs {LACKING[str(family)]}, no part here" if str(family) in LACKING else ""
+        raise ValueError(f"its model_type is {family!r}, not one of {', '.join(FAMILIES)}{needs}.")
     try:
         return config_from_hf(family, hf_config)
     except KeyError as e:

@@ -34,7 +34,7 @@ def as_code(
 ) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
     """Return the content of config.json, and the tensors by name, each read when it is needed."""
     c = replace(config.resolved(), mtp_layers=0)  # they serve training alone
-    parameters, scale = shapes(c), asdict(scales(c))
+    sizes, scale = shapes(c), asdict(scales(c))
     names = [name for name in state if not name.startswith("mtp.")]
     auto = {"AutoConfig": "ForescaleConfig", "AutoModelForCausalLM": ARCHITECTURE}
     return {
@@ -49,9 +49,7 @@ def as_code(
             **{"norm": _keys(c, c.norm), "softcap": c.head.softcap, "head_dim": c.sizes.head_dim},
             "scales": scale | ({} if c.scale_embedding else {"embedding": 1.0}),
             # Buffers are the steps of experts' biases.
-            "tensors": {
-                n: [[*(parameters.get(n) or state[n].shape)], n in parameters] for n in names
-            },
+            "tensors": {n: [[*(sizes.get(n) or state[n].shape)], n in sizes] for n in names},
         },
     }, ((name, state[name]) for name in names)
 
