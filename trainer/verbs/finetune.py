@@ -18,13 +18,13 @@ from forescale.config.job import Problems, overrides_of
 from forescale.config.schema import key, plain
 from forescale.config.target import remember
 from forescale.config.train import TrainJob
+from forescale.data.conversations.examples import unit_of
 from forescale.data.conversations.prepare import (
     Request,
     faults_sentence,
     has_preferences,
     prepare_conversations,
 )
-from forescale.data.conversations.rows import unit_of
 from forescale.data.dataset import Dataset
 from forescale.ground.console import progress_display
 from forescale.ground.document import tell_line

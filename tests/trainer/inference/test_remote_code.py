@@ -44,11 +44,11 @@ sys.modules["forescale"] = None  # to import it is an error
 got = {}
 for folder in Path(sys.argv[1]).iterdir():
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    given = torch.load(sys.argv[2])
-    options = dict(given, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    inputs = torch.load(sys.argv[2])
+    options = dict(inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)
     with torch.no_grad():
         got[folder.name] = {
-            "logits": model(**given).logits,
+            "logits": model(**inputs).logits,
             "written": [
                 model.generate(**options, num_beams=beams, use_cache=uses)
                 for beams in ((1, 3) if folder.name == "first" else (1,))
@@ -63,7 +63,7 @@ def test_transformers_computes_the_same_where_forescale_is_absent(tmp_path):
     tokens = torch.randint(1, 61, (2, 20), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(tokens)
     mask[0, :6] = 0
-    torch.save({"input_ids": tokens, "attention_mask": mask}, tmp_path / "given")
+    torch.save({"input_ids": tokens, "attention_mask": mask}, tmp_path / "inputs")
     expected, source = {}, Path(remote_code.__file__).with_name(remote_code.MODELING)
     for name, config in CASES.items():
         torch.manual_seed(1)
@@ -80,7 +80,7 @@ def test_transformers_computes_the_same_where_forescale_is_absent(tmp_path):
         (folder / "config.json").write_text(as_text(keys))
         (folder / source.name).write_bytes(source.read_bytes())
         save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
-    arguments = [str(tmp_path / name) for name in ("models", "given", "got")]
+    arguments = [str(tmp_path / name) for name in ("models", "inputs", "got")]
     environment = os.environ | {
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
         "HF_HUB_OFFLINE": "1",

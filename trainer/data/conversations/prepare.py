@@ -1,5 +1,5 @@
 """A dataset of conversations, with a column of the learned tokens. What a row may be, and where it
-stands: rows.py. Two texts, a prompt and a response, stand as they are; messages become one by a
+stands: examples.py. Two texts, a prompt and a response, stand as they are; messages become one by a
 chat template.
 
 A preference has two responses to one prompt, of which people chose one:
@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from forescale.data.conversations.rows import (
+from forescale.data.conversations.examples import (
     EXAMPLES,
     SIDES,
     canonical,

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from forescale.data.conversations.division import Unfit
+from forescale.data.conversations.examples import canonical, checked_messages
 from forescale.data.conversations.prepare import prepare_conversations
-from forescale.data.conversations.rows import canonical, checked_messages
 from forescale.data.conversations.template import ChatTemplate
 from forescale.ground.errors import UserError
 from tests.questions import SPECIAL, TOKENS, request_of
