@@ -33,7 +33,9 @@ from forescale.slurm.steps import Failure, JobStep
 _OTHERS = 1.0  # seconds that other ranks have to end by themselves after a failure
 _SAVING = 5.0  # the same after an error of the user's or an interruption
 _UNKNOWN = 1 << 12  # bytes of a message whose sender has not shown the token
-_KILLED = 3.0  # seconds in which killed ranks are reported
+# Seconds in which killed ranks are reported: by templates, which a busy node may hold up for long;
+# and where a task has no template, and may never answer.
+_REPORTED, _LOST = 20.0, 3.0
 
 
 @dataclass
@@ -102,7 +104,8 @@ class WarmStep(JobStep):
             if are_over or failures:  # those of others may follow, but for tasks without a template
                 failed, since = failed or time.monotonic(), time.monotonic()
                 patience = _SAVING if {USER, INTERRUPTED} & {*failures} else _OTHERS
-                if outcome.hang_of(attempt) or since - failed > patience + _KILLED:
+                killed = _REPORTED if len(codes) == self.size else _LOST
+                if outcome.hang_of(attempt) or since - failed > patience + killed:
                     break
                 if since - failed > patience and not is_killed:
                     is_killed = True

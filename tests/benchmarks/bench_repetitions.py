@@ -37,8 +37,8 @@ class Sizes:
 
 
 REAL = Sizes((
-    *("plan.pilot=true", "plan.cap=2.4e13", "plan.budgets=4", "plan.step=1.8", "plan.ratio=40"),
-    *("plan.sequence_length=128", "plan.seeds=[2,1]", "target.flops=3.2e12"),
+    *("plan.pilot=true", "plan.cap=1.2e13", "plan.budgets=4", "plan.step=1.8", "plan.ratio=40"),
+    *("plan.sequence_length=128", "plan.seeds=[2,1]", "target.flops=1.6e12"),
 ))  # fmt: skip
 TOY = Sizes((
     *("plan.budgets=3", "plan.sizes=3", "plan.cap=1e14", "plan.sequence_length=32"),

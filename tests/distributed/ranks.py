@@ -17,7 +17,7 @@ from pathlib import Path
 from tests import warm
 
 
-def run(scenario: str, size: int, timeout: float = 280, **arguments):
+def run(scenario: str, size: int, timeout: float = 840, **arguments):
     """scenario: "module:function" beside this file. Returns its JSON result on rank 0."""
     from forescale.ground.rendezvous import free_port
 
