@@ -1,13 +1,17 @@
-"""Write a checkpoint as a directory that Hugging Face transformers loads (mapping: models/hf).
+"""Write a checkpoint as a directory that Hugging Face transformers loads (mapping: models/hf), or
+as a file that llama.cpp runs (gguf_export.py).
 
-Invariant: the directory appears complete, by one rename, or not at all. Its logits equal ours.
+Invariant: it appears complete, by one rename, or not at all. Its logits equal ours.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +21,8 @@ from torch import Tensor
 from forescale.checkpoint.reader import Checkpoint
 from forescale.data.tokenizer import declared_ends
 from forescale.ground.errors import UserError
-from forescale.ground.storage import fsync_path, staged
+from forescale.ground.storage import fsync_path, make_folder, staged
+from forescale.inference.gguf_export import write_gguf
 from forescale.inference.hf_directory import CONFIG, as_text
 from forescale.inference.remote_code import ARCHITECTURE, MODELING, as_code, without_code
 from forescale.inference.view import RunView
@@ -55,47 +60,97 @@ def family(view: RunView) -> str:
         raise UserError("model", problem[0].lower() + problem[1:], todo) from None
 
 
-def export(view: RunView, checkpoint: Checkpoint, to: Path, dtype: str = "fp32") -> Path:
-    """Write the directory `to` and return it.
+@dataclass(frozen=True)
+class _Exported:
+    """What an export writes. files: contents of the small files, by name; tensors: gives the
+    weights by name, each read when it is needed."""
+
+    files: dict[str, Any]
+    tensors: Callable[[], Iterable[tuple[str, Tensor]]]
+
+
+def _exported(view: RunView, checkpoint: Checkpoint, dtype: str) -> _Exported:
+    architecture = family(view)
+    model = view.config.model
+    assert isinstance(model, ModelConfig)
+    kind = _DTYPES[dtype]
+    weights = checkpoint.weights()  # with buffers
+    checkpoint.expect_shapes({**weights.shapes, **shapes(model.resolved())}, merged=True)
+    imported = view.run.read_imported()[CONFIG] if view.run.imported.is_file() else {}
+
+    def content() -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
+        if architecture == ARCHITECTURE:
+            return as_code(model, weights)
+        return to_hf(model, weights, imported.get("model_type"))
+
+    config = content()[0] | {"dtype": str(kind).removeprefix("torch.")}
+    # A map, as a loop would hold the last tensor while the next is read.
+    tensors = lambda: map(partial(_rounded, kind), content()[1])  # noqa: E731
+    return _Exported(_small_files(view, config), tensors)
+
+
+def export(
+    view: RunView,
+    checkpoint: Checkpoint,
+    to: Path,
+    dtype: str = "fp32",
+    beside: Mapping[str, bytes] = MappingProxyType({}),
+) -> Path:
+    """Write the directory `to`, with the files `beside` in it, and return it.
 
     It holds config.json, generation_config.json, model.safetensors (several files and an index if
     the model is large), tokenizer.json and tokenizer_config.json. Only one weight file is in memory
     at a time. dtype: fp32, bf16 or fp16, of the weights, each rounded once, after all arithmetic.
     Raises UserError if no family fits, `to` exists or a weight is beyond the range of dtype.
     """
-    architecture = family(view)
-    model = view.config.model
-    assert isinstance(model, ModelConfig)
-    kind = _DTYPES[dtype]
-    stored = checkpoint.weights().shapes  # with buffers
-    checkpoint.expect_shapes({**stored, **shapes(model.resolved())}, merged=True)
-    imported = view.run.read_imported()[CONFIG] if view.run.imported.is_file() else {}
-    weights = checkpoint.weights()
-    if architecture == ARCHITECTURE:
-        config, tensors = as_code(model, weights)
-    else:
-        config, tensors = to_hf(model, weights, imported.get("model_type"))
-    config["dtype"] = str(kind).removeprefix("torch.")
+    exported = _exported(view, checkpoint, dtype)
     with _new_directory(to) as stage:
-        for name, content in _small_files(view, config).items():
+        for name, content in exported.files.items():
             (stage / name).write_text(as_text(content), "utf-8")
-        if architecture == ARCHITECTURE:
+        if "auto_map" in exported.files[CONFIG]:
             (stage / MODELING).write_bytes((Path(__file__).parent / MODELING).read_bytes())
         (stage / "tokenizer.json").write_bytes(view.run.verified_tokenizer().read_bytes())
-        # A map, as a loop would hold the last tensor while the next is read.
-        _write_weights(stage, map(partial(_rounded, kind), tensors))
+        for name, data in beside.items():
+            (stage / name).write_bytes(data)
+        _write_weights(stage, exported.tensors())
+    return to
+
+
+def export_gguf(view: RunView, checkpoint: Checkpoint, to: Path, dtype: str = "fp32") -> Path:
+    """Write the file `to`, which llama.cpp runs, and return it.
+
+    dtype: as in `export`, or q8_0, blocks of 32 numbers of 8 bits. Raises UserError if llama.cpp
+    doesn't know the model or the split of its tokenizer, and as `export` does.
+    """
+    exported = _exported(view, checkpoint, "fp32" if dtype == "q8_0" else dtype)
+    raw = view.run.verified_tokenizer().read_bytes()
+    _expect_free(to)
+    part = to.with_name(f".{to.name}.{os.getpid()}.part")
+    make_folder(to.parent)
+    try:
+        write_gguf(part, view.name, exported.files, raw, exported.tensors, dtype)
+        fsync_path(part)
+        part.rename(to)
+    finally:
+        part.unlink(missing_ok=True)
     return to
 
 
 @contextmanager
 def _new_directory(to: Path) -> Iterator[Path]:
     """Give a directory that becomes `to` at the end. Raises UserError if that exists."""
-    if to.exists():
-        raise UserError(str(to), "already exists", "choose another directory with to=DIR")
+    _expect_free(to)
     with staged(to) as stage:
         yield stage
+        readable = stage.stat().st_mode & 0o666  # safetensors lets only the owner read its files
         for path in stage.iterdir():
+            path.chmod(readable)
             fsync_path(path)
+
+
+def _expect_free(to: Path) -> None:
+    if to.exists():
+        raise UserError(str(to), "already exists", f"choose another name, such as to={to}-2")
 
 
 def export_adapters(

@@ -34,8 +34,8 @@ from forescale.models.hf.families import FAMILIES
 # Architectures whose tensors are those of the family of the same name, but for the order of rotary
 # pairs, which only `llama` has as llama.cpp computes them (convert_hf_to_gguf.py, `permute`).
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-_OUTER = {"token_embd": "embed_tokens", "output_norm": "norm"}
-_INNER = {
+OUTER = {"token_embd": "embed_tokens", "output_norm": "norm"}
+INNER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -48,15 +48,15 @@ _INNER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_ROPE = "rope_freqs.weight"
-_ORIGINAL = 8192  # the original length of all of Llama 3.1 to 3.3, which the file doesn't say
+ROPE = "rope_freqs.weight"
+_ORIGINAL = 8192  # the original length of all of Llama 3.1 to 3.3, which their files don't say
 # The splits of texts by the name of the pre-tokenizer (llama.cpp, llama-vocab.cpp).
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-_SPLITS: dict[str, str | None] = {
+SPLITS: dict[str, str | None] = {
     **dict.fromkeys(("gpt-2", "olmo", "phi-2"), None),  # None: as GPT-2
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), r"\p{N}"),  # and single digits
     **dict.fromkeys(_LLAMA3, _WORDS % "{1,3}"),
@@ -64,6 +64,23 @@ _SPLITS: dict[str, str | None] = {
 }
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4  # kinds of tokens
 _SPACE = "\u2581"
+
+
+def package_of(path: Path) -> Any:
+    """Return the package gguf. Raises UserError, about this file, where it isn't installed."""
+    try:
+        import gguf
+    except ModuleNotFoundError as e:
+        problem = f"a GGUF file needs the package {e.name}, which isn't installed"
+        raise UserError(str(path), problem, "pip install 'forescale[gguf]'") from None
+    return gguf
+
+
+def llama3_divisors(theta: float, head: int, factor: float, original: int) -> np.ndarray:
+    """Return what the frequencies of Llama 3.1 to 3.3 are divided by, one for each rotary pair."""
+    even = np.arange(0, head, 2) / head
+    share = np.clip((original / (2 * np.pi) / theta**even - 1) / 3, 0, 1)
+    return 1 / ((1 - share) / factor + share)
 
 
 @dataclass(frozen=True)
@@ -108,13 +125,7 @@ class GgufFile:
 
     @cached_property
     def _reader(self) -> Any:
-        try:
-            from gguf import GGUFReader
-        except ModuleNotFoundError as e:
-            problem = f"a GGUF file is read by the package {e.name}, which isn't installed"
-            raise UserError(str(self.path), problem, "pip install 'forescale[gguf]'") from None
-
-        base: Any = GGUFReader
+        base: Any = package_of(self.path).GGUFReader
 
         class Whole(base):
             """A reader that ends with an error where the file ends."""
@@ -200,17 +211,17 @@ class GgufFile:
             rope["factor"] = self._size("rope.scaling.factor")
             original = self._size("rope.scaling.original_context_length")
             rope["original_max_position_embeddings"] = original
-        stored = next((t for t in self._reader.tensors if t.name == _ROPE), None)
+        stored = next((t for t in self._reader.tensors if t.name == ROPE), None)
         if stored is not None:  # Llama 3.1 and later: what the frequencies are divided by
             factors = np.asarray(stored.data, np.float64)
-            even = np.arange(0, head, 2) / head
-            share = np.clip((_ORIGINAL / (2 * np.pi) / theta**even - 1) / 3, 0, 1)
             factor = float(factors.max())
-            if not np.allclose(1 / ((1 - share) / factor + share), factors, rtol=1e-3):
-                problem = f"its {_ROPE} are not those of Llama 3.1 to 3.3"
+            original = self._size("rope.scaling.original_context_length", _ORIGINAL)
+            expected = llama3_divisors(theta, head, factor, original)
+            if not np.allclose(expected, factors, rtol=1e-3):
+                problem = f"its {ROPE} are not those of Llama 3.1 to 3.3"
                 raise UserError(str(self.path), problem, "import its Hugging Face directory")
             rope = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0}
-            rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": _ORIGINAL}
+            rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": original}
         return rope | {"rope_theta": theta}
 
     @cached_property
@@ -221,12 +232,12 @@ class GgufFile:
         tensors: dict[str, _Stored] = {}
         for tensor in self._reader.tensors:
             *block, name, kind = tensor.name.split(".")
-            if tensor.name == _ROPE:
+            if tensor.name == ROPE:
                 continue
-            whole = f"model.{_OUTER[name]}.{kind}" if name in _OUTER else tensor.name
+            whole = f"model.{OUTER[name]}.{kind}" if name in OUTER else tensor.name
             whole = f"lm_head.{kind}" if name == "output" else whole
-            if block[:1] == ["blk"] and name in _INNER:
-                whole = f"model.layers.{'.'.join(block[1:])}.{_INNER[name]}.{kind}"
+            if block[:1] == ["blk"] and name in INNER:
+                whole = f"model.layers.{'.'.join(block[1:])}.{INNER[name]}.{kind}"
             # Another name stays, and is refused as one that the architecture doesn't have.
             tensors[whole] = _Stored(tensor, counts.get(name, 0) if is_llama else 0)
         return tensors
@@ -267,8 +278,8 @@ class GgufFile:
         if kind not in ("gpt2", "llama"):
             problem = f"its tokenizer is of the kind {kind!r}, and gpt2 and llama can be read"
             raise UserError(str(self.path), problem, todo)
-        if kind == "gpt2" and (pre := self._get("tokenizer.ggml.pre", "none")) not in _SPLITS:
-            problem = f"its pre-tokenizer is {pre!r}, not one of {', '.join(_SPLITS)}"
+        if kind == "gpt2" and (pre := self._get("tokenizer.ggml.pre", "none")) not in SPLITS:
+            problem = f"its pre-tokenizer is {pre!r}, not one of {', '.join(SPLITS)}"
             raise UserError(str(self.path), problem, todo)
         try:
             make = self._byte_level if kind == "gpt2" else self._sentence_pieces
@@ -299,10 +310,11 @@ class GgufFile:
 
     def _byte_level(self, tokens: list[str]) -> Tokenizer:
         pre = self._get("tokenizer.ggml.pre")
-        merges = [tuple(m.split(" ")) for m in self._get("tokenizer.ggml.merges", [])]
         vocab = {token: i for i, token in enumerate(tokens)}
+        pairs = [tuple(m.split(" ")) for m in self._get("tokenizer.ggml.merges", [])]
+        merges = [pair for pair in pairs if "".join(pair) in vocab]
         tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in _LLAMA3))
-        split, is_gpt2 = _SPLITS[pre], pre not in _LLAMA3 and "qwen" not in pre
+        split, is_gpt2 = SPLITS[pre], pre not in _LLAMA3 and "qwen" not in pre
         parts: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=is_gpt2)]
         if split == r"\p{N}":
             parts = [pre_tokenizers.Digits(individual_digits=True), *parts]

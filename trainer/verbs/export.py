@@ -1,6 +1,7 @@
-"""`forescale export`: write a checkpoint for `transformers.AutoModelForCausalLM`."""
+"""`forescale export`: write a checkpoint for `transformers.AutoModelForCausalLM`, or llama.cpp."""
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -8,7 +9,7 @@ from forescale.config.compose import parse
 from forescale.config.job import Problems, RunJob
 from forescale.config.schema import key
 from forescale.ground.document import tell
-from forescale.ground.errors import DONE
+from forescale.ground.errors import DONE, UserError
 from forescale.inference.view import RunView, open_view
 
 if TYPE_CHECKING:
@@ -24,8 +25,14 @@ class ExportJob(RunJob):
 
     target: str | None = None  # a run (its name or its directory) or a checkpoint
     step: int | None = key(None, ge=0)  # the checkpoint of this step; null: the newest
-    to: str | None = None  # the directory to write; null: exports/RUN-STEP
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # number format of the exported weights
+    # the directory to write, or of format=gguf the file; null: exports/RUN-STEP or RUN-STEP.gguf
+    to: str | None = None
+    format: Literal["transformers", "gguf"] = "transformers"  # gguf: one file, for llama.cpp
+    # number format of the exported weights; q8_0, of a GGUF file alone: 8 bits and a scale for 32
+    dtype: Literal["fp32", "bf16", "fp16", "q8_0"] = "fp32"
+    licence: str | None = None  # SPDX name of the weights' licence for the model card: apache-2.0
+    # files of `forescale eval RUN --json`, whose scores the model card has
+    scores: list[str] = field(default_factory=list)
     # write the adapters of a LoRA run alone, for peft; false: merge them into the weights
     adapter: bool = False
     # adapter=true: the exported base model that peft loads; null: exports/FROM-STEP
@@ -35,6 +42,11 @@ class ExportJob(RunJob):
         problems = super().problems()
         if self.base is not None and not self.adapter:
             problems.append(("base", "applies to adapters alone", "add adapter=true"))
+        if self.dtype == "q8_0" and self.format != "gguf":
+            problems.append(("dtype", "q8_0 is of GGUF files alone", "add format=gguf"))
+        if self.adapter and self.format == "gguf":
+            todo = "leave adapter out: the file then has them merged into the weights"
+            problems.append(("format", "gguf has no adapters alone", todo))
         return problems
 
 
@@ -42,6 +54,8 @@ JOB = ExportJob
 EXAMPLES = (
     "export first to=exports/first",
     "export first dtype=bf16",
+    "export first licence=apache-2.0 scores=[scores.jsonl]   (facts for its model card)",
+    "export mine format=gguf dtype=q8_0   (for llama.cpp: llama-cli -m exports/mine-1000.gguf)",
     "export first-questions adapter=true",
 )
 
@@ -50,7 +64,7 @@ def main(arguments: list[str]) -> int:
     """Write the directory, and print how to load it."""
     job = parse(ExportJob, arguments)
     view = open_view(job.target or "", job.run.root)
-    from forescale.inference.export import MODELING, export, family
+    from forescale.inference.export import MODELING, export, export_gguf, family
 
     architecture = family(view)  # refuse here, before gigabytes are read
     checkpoint = view.checkpoint(job.step)
@@ -58,8 +72,16 @@ def main(arguments: list[str]) -> int:
     if job.adapter:
         _export_adapters(job, view, checkpoint)
         return DONE
+    if job.format == "gguf":
+        to = Path(job.to or f"exports/{view.name}-{step}.gguf").expanduser()
+        export_gguf(view, checkpoint, to, job.dtype)
+        size = to.stat().st_size
+        tell({"path": to, "run": view.name, "step": step, "kind": "gguf", "bytes": size})
+        text = f"Run {view.name}, step {step:,}, as {architecture} for llama.cpp: {to} "
+        print(text + f"({size / 2**20:,.1f} MiB, {job.dtype}).\n\nNext:\n  llama-cli -m {to}")
+        return DONE
     to = Path(job.to or f"exports/{view.name}-{step}").expanduser()
-    export(view, checkpoint, to, job.dtype)
+    export(view, checkpoint, to, job.dtype, _card(job, view, checkpoint, architecture))
     size = sum(path.stat().st_size for path in to.iterdir())
     tell({"path": to, "run": view.name, "step": step, "kind": "model", "bytes": size})
     if later := getattr(view.config.model, "mtp_layers", 0):
@@ -73,6 +95,25 @@ def main(arguments: list[str]) -> int:
         f"  tokenizer = AutoTokenizer.from_pretrained({str(to)!r}{trusts})"
     )
     return DONE
+
+
+def _card(
+    job: ExportJob, view: RunView, checkpoint: "Checkpoint", architecture: str
+) -> dict[str, bytes]:
+    """Return the model card and its picture, by file name."""
+    from forescale.inference.card import CARD, PICTURE, card
+
+    files: dict[str, bytes] = {}
+    if view.run.metrics.is_file():
+        from forescale.monitor.report.loss_picture import picture  # imports matplotlib
+
+        with suppress(UserError):  # it has made no step
+            files[PICTURE] = picture([view.run], "tokens", "svg")
+    text = card(
+        view, checkpoint, architecture, job.dtype,
+        licence=job.licence, scores=[*map(Path, job.scores)], has_picture=bool(files),
+    )  # fmt: skip
+    return {CARD: text.encode(), **files}
 
 
 def _export_adapters(job: ExportJob, view: RunView, checkpoint: "Checkpoint") -> None:

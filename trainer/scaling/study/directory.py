@@ -116,6 +116,8 @@ def _state(cell: Cell, run: Run, events: Sequence[StudyEvent], cost: str) -> Cel
         status, why = _failure(events, run) or ("ready", "")
         return CellState(cell, status, why=why)
     view = Status(run)
+    if view.state == "complete":  # whose last row may have come since the others were read
+        view = Status(run)
     job, per = view.job, cell.flops[cost] / cell.tokens
     first, last = cell.trunk_step or 0, view.step + view.lost().steps
     windows = job.batch_ramp.samples(last) - job.batch_ramp.samples(first)
@@ -126,9 +128,8 @@ def _state(cell: Cell, run: Run, events: Sequence[StudyEvent], cost: str) -> Cel
         done=view.step / job.total_steps,
         seconds=view.goodput.wall,
     )
-    last_score = view.validation
-    if last_score and last_score["step"] == job.total_steps:
-        state = replace(state, loss=last_score["loss"])
+    if (score := view.validation) and score["step"] == job.total_steps:
+        state = replace(state, loss=score["loss"])
     if view.state == "complete":
         loss, chance = state.loss, math.log(getattr(job.model, "vocab_size", None) or math.inf)
         if loss is None:
@@ -137,9 +138,7 @@ def _state(cell: Cell, run: Run, events: Sequence[StudyEvent], cost: str) -> Cel
             why = f"its loss is {loss:.4g}; uniform guessing has {chance:.4g}"
             return replace(state, status="diverged", loss=math.nan, why=why)
         return replace(state, status="complete")
-    if view.state == "running":
-        return replace(state, status="running")
-    if failure := _failure(events, run):
+    if view.state != "running" and (failure := _failure(events, run)):
         return replace(state, status=failure[0], why=failure[1])
     if view.state == "new" or view.state == "imported" or view.state == "averaged":
         return state

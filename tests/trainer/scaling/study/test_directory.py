@@ -9,6 +9,7 @@ import pytest
 from forescale import cli
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
+from forescale.run.directory import Run
 from forescale.scaling.config import PlanKeys, StudyJob
 from forescale.scaling.design.plan import StudyPlan, StudyStage
 from forescale.scaling.design.recipe_grid import RecipeGrid
@@ -123,6 +124,23 @@ def test_a_study_planned_again_before_any_run_starts_afresh(little, fake_trainin
     fake_training.codes.clear()
     assert run("plan", *LIST) == 0
     assert state(folder, "r0").status == "ready"
+
+
+def test_a_cell_whose_last_row_comes_while_it_is_looked_at_is_complete(little, monkeypatch):
+    run, folder = little
+    assert run("launch") == 0
+    cell = Study(folder).plan.cells[0].name
+    path = Study(folder).run(cell).metrics
+    whole = path.read_text()
+    path.write_text(whole[: whole.rindex("\n", 0, -1) + 1])  # without the score of its last step
+    is_evaluated = Run.is_evaluated
+
+    def after_the_row(run: Run, step: int) -> bool:
+        path.write_text(whole)
+        return is_evaluated(run, step)
+
+    monkeypatch.setattr(Run, "is_evaluated", after_the_row)
+    assert state(folder, cell).status == "complete"
 
 
 def test_a_cell_that_crashes_three_times_has_failed(little, fake_training):

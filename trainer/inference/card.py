@@ -1,0 +1,156 @@
+"""The model card of an export: README.md, each line of which is a fact of the run's files.
+
+Invariant: nothing is guessed. What the files don't say is absent, or named as not stated; secrets
+of addresses are masked; the command is there only if it composes to the run's own config.
+"""
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from forescale.checkpoint.reader import Checkpoint
+from forescale.config.compose import compose
+from forescale.config.job import words_of
+from forescale.config.schema import flatten, plain
+from forescale.config.train import TrainJob
+from forescale.ground.errors import UserError, masked
+from forescale.inference.remote_code import ARCHITECTURE
+from forescale.inference.view import RunView
+from forescale.run.forecast import describe
+from forescale.run.rows import read_rows
+
+CARD, PICTURE = "README.md", "loss.svg"
+_NOT_OF_SCORES = ("run", "step", "tokens", "crc", "corpus_hash", "split", "kind")
+
+
+def card(
+    view: RunView, checkpoint: Checkpoint, architecture: str, dtype: str, *,
+    licence: str | None = None, scores: Sequence[Path] = (), has_picture: bool = False,
+) -> str:  # fmt: skip
+    """Return the card as Markdown. architecture: the class of transformers; dtype: of the weights;
+    licence: an SPDX name, such as apache-2.0; scores: files of `forescale eval RUN --json`;
+    has_picture: whether PICTURE lies beside it. Raises UserError for scores of another run."""
+    head = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["forescale"],
+    }
+    if licence:
+        head["license"] = licence
+    facts = _facts(view, checkpoint, architecture, dtype, licence)
+    rows = "\n".join(f"| {name} | {text} |" for name, text in facts.items())
+    trusts = ", trust_remote_code=True" if architecture == ARCHITECTURE else ""
+    parts = [
+        "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in head.items()) + "---",
+        f"# {view.name}",
+        f"| | |\n|---|---|\n{rows}",
+        f"![loss over tokens]({PICTURE})" if has_picture else "",
+        _scores(view, scores),
+        "## Use it\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype="auto"{trusts})\n'
+        f"tokenizer = AutoTokenizer.from_pretrained(DIRECTORY{trusts})\n```",
+        _training(view),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _facts(
+    view: RunView, checkpoint: Checkpoint, architecture: str, dtype: str, licence: str | None
+) -> dict[str, str]:
+    config, identity, step = view.config, view.identity, checkpoint.position.step
+    trained = [r for r in read_rows(view.run.metrics, kind="train") if r["step"] <= step]
+    held_out = read_rows(view.run.metrics, kind="validation", dataset="validation", step=step)
+    facts = {"class": architecture}
+    if parameters := identity.get("parameters"):
+        facts["parameters"] = f"{parameters:,}"
+    facts["weights"] = f"{dtype}, of step {step:,} of {config.total_steps:,}"
+    if origin := config.run.origin.run:
+        facts["begun with"] = f"run {Path(origin).name}, step {config.run.origin.step or 0:,}"
+    facts["tokens"] = f"{checkpoint.position.tokens:,}"
+    if trained and (flops := trained[-1].get("flops_causal")):
+        facts["compute"] = f"{flops:.3g} FLOPs, forward and backward"
+    if held_out:
+        bits = held_out[-1].get("bits_per_byte")
+        error = f" ± {held_out[-1]['loss_stderr']:.2g}" if held_out[-1].get("loss_stderr") else ""
+        facts["held-out loss"] = f"{held_out[-1]['loss']:.4f}{error} nats a token"
+        facts["held-out loss"] += f", {bits:.4f} bits a byte" if bits is not None else ""
+    read = sum((Counter(row.get("shares") or {}) for row in trained), Counter())
+    for name, source in identity["dataset"]["sources"].items():
+        share = f", {read[name] / read.total():.1%} of the tokens" if read.total() else ""
+        facts[f"data: {name}"] = f"corpus {(source['corpus_hash'] or '-')[:16]}{share}"
+    entries = identity["dataset"]["vocab_size"]
+    facts["tokenizer"] = f"{entries:,} entries, {identity['tokenizer_sha256'][:16]}"
+    facts["sequence length"] = f"{config.train.sequence_length:,} tokens"
+    if scored := view.run.read_events(kind="forecast_scored"):
+        facts["forecast"] = describe(scored[-1])
+    versions = identity.get("versions", {})
+    code = [f"{name} {versions[name]}" for name in ("forescale", "torch") if name in versions]
+    if commit := (identity.get("git") or {}).get("commit"):
+        code.append(f"commit {commit[:12]}")
+    return {**facts, "code": ", ".join(code), "licence": licence or "not stated"}
+
+
+def _scores(view: RunView, paths: Sequence[Path]) -> str:
+    """Return the table of the scores in these files; "" without any."""
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            lines = [
+                json.loads(line) for line in path.expanduser().read_text().splitlines() if line
+            ]
+        except (OSError, ValueError) as e:
+            todo = "make it with forescale eval RUN --json > FILE"
+            raise UserError(f"scores={path}", f"holds no scores ({e})", todo) from None
+        for row in lines:
+            if row.get("run") != view.name:
+                problem = f"has scores of {row.get('run')!r}, and this is {view.name}"
+                raise UserError(f"scores={path}", problem, f"forescale eval {view.name} --json")
+            flat = dict(flatten(row, ""))
+            numbers = {k: v for k, v in flat.items() if k not in _NOT_OF_SCORES}
+            rows.append({"step": row.get("step"), **numbers})
+    if not rows:
+        return ""
+    lines = [f"| {', '.join(_named(row))} | {', '.join(_numbers(row))} |" for row in rows]
+    return "## Scores\n\n| of | scores |\n|---|---|\n" + "\n".join(lines)
+
+
+def _named(row: dict[str, Any]) -> list[str]:
+    return [masked(Path(v).name or v) for v in row.values() if isinstance(v, str)]
+
+
+def _numbers(row: dict[str, Any]) -> list[str]:
+    kinds = (int, float)
+    numbers = {k: v for k, v in row.items() if isinstance(v, kinds) and not isinstance(v, bool)}
+    return [f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.4f}" for k, v in numbers.items()]
+
+
+def _training(view: RunView) -> str:
+    """Return the command that trains such a model again; "" if no words compose to the config, or
+    if the weights come from elsewhere."""
+    words = None if view.run.is_import else command_of(view.config)
+    if words is None:
+        return ""
+    return f"## Train it again\n\n```sh\nforescale train {masked(shlex.join(words))}\n```"
+
+
+def command_of(job: TrainJob) -> list[str] | None:
+    """Return the words of `forescale train` that compose to this job, those of choices first; None
+    if no words do."""
+    words, here = list[str](), dict[str, Any]()
+    there = dict(flatten(plain(job), ""))
+    for of_choices in (True, False):
+        with suppress(UserError):  # a choice may need keys that come with the second turn
+            here = dict(flatten(plain(compose(TrainJob, words)), ""))
+        for key, value in there.items():
+            differs = key not in here or here[key] != value
+            if differs and key.endswith(".kind") == of_choices and key != "run.name":
+                words += words_of({key.removesuffix(".kind"): value})
+    try:
+        again = compose(TrainJob, [f"run.name={job.run.name}", *words])
+    except UserError:
+        return None
+    return [job.run.name, *words] if plain(again) == plain(job) else None
