@@ -4,18 +4,20 @@ Invariant: the command line, `--help` and shell completion learn a verb's keys f
 field whose type is a dataclass is a section, and its fields are keys `section.name`.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
-from forescale.config.schema import key, section
-from forescale.ground.errors import UserError
+from forescale.config.schema import ConfigError, Problem, flatten, key, leaves, options, section
+from forescale.ground.errors import UserError, shortened
 
 Find = Callable[[Path], Mapping[str, Any] | None]
 Problems = list[tuple[str, str, str]]  # (key, what is wrong, what to do)
 ProblemIterator = Iterator[tuple[str, str, str]]
+_LONGEST = 100  # characters of a value in a message
 
 
 class Action(NamedTuple):
@@ -134,18 +136,42 @@ def words_of(keys: Mapping[str, Any], above: str = "") -> list[str]:
     return words
 
 
-def _text(value: Any) -> str:
-    """Return a value as a command line has it."""
+def check_values(schema: type[Job], keys: Mapping[str, Any]) -> None:
+    """Raise ConfigError for values of Python that no command line can have, and for a number where
+    a verb takes text, such as a path. All others are checked as words."""
+    known, problems = leaves(schema), []
+    for path, value in flatten(keys, ""):
+        leaf = known.get(schema.TYPED.get(path, path))
+        types = options(leaf.type) if leaf else ()
+        if not _has_text(value):
+            problem = f"{shortened(repr(value), _LONGEST)} is no number, text or list of them"
+            problems.append(Problem(path, problem, "give one of these, or a dict for a section"))
+        elif str in types and isinstance(value, bool | int | float) and type(value) not in types:
+            problems.append(Problem(path, f"takes text, not {value!r}", "write it in quotes"))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _has_text(value: Any) -> bool:
+    if isinstance(value, Mapping | list | tuple):
+        return all(map(_has_text, value.values() if isinstance(value, Mapping) else value))
+    is_number = getattr(value, "ndim", None) == 0  # of numpy
+    return is_number or isinstance(value, bool | int | float | str | os.PathLike | None)
+
+
+def _text(value: Any, is_inside: bool = False) -> str:
+    """Return a value as a command line has it. is_inside: of a list or a section."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return f"[{','.join(map(_text, value))}]"
+        return f"[{','.join(_text(item, is_inside=True) for item in value)}]"
     if isinstance(value, Mapping):
-        inside = ",".join(f"{name}:{_text(v)}" for name, v in value.items())
+        inside = ",".join(f"{name}:{_text(v, is_inside=True)}" for name, v in value.items())
         return f"{{{inside}}}"
-    return str(value)
+    text = os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+    return _quoted(text) if is_inside and re.search(r"[^\w.+/-]", text) else text
 
 
 def _quoted(text: str) -> str:

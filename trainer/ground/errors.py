@@ -1,5 +1,5 @@
 """UserError, for problems that the user can fix; Transient, for faults that may go away, and trying
-again; and the exit codes that the launcher acts on.
+again; what ends a verb that Python calls; and the exit codes that the launcher acts on.
 
 Invariant: a problem of the user's (a wrong key, a missing file, a full disk) is raised as a
 UserError and ends the command with code 2 and one sentence, without a traceback. A fault that may
@@ -20,7 +20,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote
 
@@ -47,7 +47,15 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2 - 2]}...{text[-(most // 2 - 2) :]}"
 
 
-class UserError(Exception):
+class _Sentence(BaseException):
+    """An exception whose text says all: IPython shows it without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython shows, which calls this where an exception has it."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class UserError(_Sentence, Exception):
     """Wrong input. where: the key or file; problem: what is wrong; todo: what to do."""
 
     code = USER  # exit code of the command
@@ -69,6 +77,19 @@ class UserError(Exception):
     def facts(self) -> dict[str, Any]:
         """Return the parts of the sentence, for programs."""
         return dict(zip(("subject", "problem", "todo"), map(masked, self._parts), strict=True))
+
+
+class CommandFailed(_Sentence, Exception):
+    """A verb that Python called, and that ended before it was complete. code: as of the command;
+    the text: its last lines."""
+
+    def __init__(self, code: int, lines: Sequence[str]):
+        super().__init__("".join(lines).strip() or f"the command ended with code {code}")
+        self.code = code
+
+
+class Interrupted(_Sentence, KeyboardInterrupt):
+    """A verb that Python called, and that was interrupted: the same call goes on."""
 
 
 class Transient(UserError):

@@ -24,7 +24,7 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from forescale.ground.errors import Transient, UserError, retried, storage_error
+from forescale.ground.errors import Transient, UserError, retried, shortened, storage_error
 from forescale.ground.foreign import open_regular, parse_json, read_bytes
 from forescale.ground.typed import RESTORE, Count, T, typed
 
@@ -104,6 +104,16 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as e:
         e.filename = e.filename or str(path)
         raise
+
+
+def path_of(value: Any) -> Path:
+    """Return the path that a caller of a Python function named. Raises UserError if it is none."""
+    if not isinstance(value, str | os.PathLike) or "\0" in os.fspath(value):
+        raise UserError(shortened(repr(value), 100), "is no path", "give a text or a pathlib.Path")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as e:  # of pathlib, for ~nobody
+        raise UserError(str(value), "begins with ~ and no user's name", "write it in full") from e
 
 
 def fsync_path(path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from io import BytesIO
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -18,6 +19,7 @@ from forescale.config.frozen import thaw
 from forescale.config.job import Job, ModelJob
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError, storage_error
+from forescale.ground.storage import path_of
 from forescale.run.directory import Run, is_hf
 from forescale.run.rows import has_checksum, read_rows
 from forescale.run.stored import Identity
@@ -43,6 +45,10 @@ class RunView:
 
     def __repr__(self) -> str:
         return f"RunView({str(self.path)!r})"
+
+    def __fspath__(self) -> str:
+        """Return the path that opens the same run, with the same checkpoint."""
+        return str(self.chosen or self.path)
 
     @cached_property
     def config(self) -> TrainJob:
@@ -217,13 +223,13 @@ class RunView:
         return model.eval()
 
 
-def open_view(target: str | Path, root: str | Path = "runs") -> RunView:
+def open_view(target: str | PathLike[str], root: str | PathLike[str] = "runs") -> RunView:
     """Return the run at `target`, of that name under `root`, or that holds the checkpoint `target`;
     of a Hugging Face directory or a GGUF file, the run in the cache that its model is imported to.
 
     Raises UserError if there is none.
     """
-    path = Path(target).expanduser()
+    path = path_of(target)
     try:
         is_model = is_hf(path)
     except OSError as e:  # such as a name that is too long
@@ -233,7 +239,7 @@ def open_view(target: str | Path, root: str | Path = "runs") -> RunView:
 
         return RunView(imported(path))
     if not (path / STATE).is_file():
-        return RunView(Run.existing(path, Path(root).expanduser()))
+        return RunView(Run.existing(path, path_of(root)))
     run = Run(path.resolve().parent.parent)
     if not run.config.is_file():
         problem = "this checkpoint is not in the directory of its run, so its config is unknown"

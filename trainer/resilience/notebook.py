@@ -1,93 +1,149 @@
-"""Training from Python: the command `forescale train` in a process of its own.
+"""A verb from Python: its command, with --json, in a process of its own.
 
-Invariant: a run started here is the run of the same command: same config, ranks, locks, resuming.
-This process imports no torch for it, and ends no sooner than the run has saved.
+Invariant: a call is the command of the same words: same config, ranks, locks, resuming. This
+process imports no torch for it, and ends no sooner than a run has saved. A problem of the user's is
+the UserError that the command reports.
 """
 
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Callable, Mapping, Sequence
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import IO, Any, NamedTuple
 
-from forescale.config.job import overrides_of, words_of
-from forescale.config.target import targets
-from forescale.config.train import TrainJob
-from forescale.ground.errors import DONE, INTERRUPTED, UserError
+from forescale.config.schema import ConfigError, Problem
+from forescale.ground.document import FLAG
+from forescale.ground.errors import DONE, INTERRUPTED, USER, CommandFailed, Interrupted, UserError
 from forescale.ground.processes import die_with_parent
-from forescale.run.command import job_of
 
 _LINES = 20  # of the output that an error repeats
+_PAUSE = 0.5  # seconds: a command ends so soon after it has printed its error
+_ERROR = "forescale: "  # before the sentence of an error
+Show = Callable[[str], object]
+See = Callable[[Mapping[str, Any]], object]
 
 
-class TrainingFailed(Exception):
-    """A run that ended before it was complete. code: as of the command; the text: its last
-    lines."""
+class Ended(NamedTuple):
+    """A command that has ended. facts: the fields of its document, or of all its lines together;
+    lines: the last ones of its output for people."""
 
-    def __init__(self, code: int, lines: list[str]):
-        super().__init__("".join(lines[-_LINES:]).strip() or f"the run ended with code {code}")
-        self.code = code
+    code: int
+    facts: dict[str, Any]
+    lines: list[str]
 
-
-def train_run(*words: str, show: Callable[[str], None] | None = None, **keys: Any) -> Path:
-    """Train a run to its end, or go on with it, and return its directory.
-
-    words: of the command line, such as "experiment=quick" or "train.tokens=5e6"; keys: the same as
-    values and dicts, such as run={"name": "first"}. show: called with each line of the output; by
-    default it is printed.
-
-    An interrupt (Ctrl-C, the stop button of a notebook) saves the run and raises KeyboardInterrupt;
-    the same call then goes on. Raises UserError for wrong keys, TrainingFailed if the run fails.
-    """
-    for word in words:
-        if not isinstance(word, str):
-            todo = 'write such as train_run("experiment=quick")'
-            raise UserError(repr(word), "is no word of a command line", todo)
-    words = (*words, *words_of(keys))
-    job = job_of(TrainJob, overrides_of(TrainJob, words))
-    for key, target in targets(job).items():
-        if target.startswith("__main__."):
-            problem = f"{target} exists in this process alone, and ranks are processes of their own"
-            todo = "write the class into a file beside the notebook, such as mine.py: mine.Name"
-            raise UserError(key, problem, todo)
-    code, lines = _run(list(words), show or (lambda line: print(line, end="", flush=True)))
-    if code == INTERRUPTED:
-        raise KeyboardInterrupt("the run is saved; the same call goes on")
-    if code != DONE:
-        raise TrainingFailed(code, lines)
-    return job.run.directory
+    def result(self) -> dict[str, Any]:
+        """Return the facts. Raises UserError for what the user can correct, Interrupted after an
+        interrupt, CommandFailed if the command failed."""
+        if self.code == USER and (error := self.facts.get("error")):
+            problems = [Problem(*_parts(problem)) for problem in error.get("problems", ())]
+            raise ConfigError(problems) if problems else UserError(*_parts(error))
+        if self.code == INTERRUPTED:
+            raise Interrupted("a run is saved; the same call goes on")
+        if self.code != DONE:
+            raise CommandFailed(self.code, self.lines)
+        return self.facts
 
 
-def _run(words: list[str], show: Callable[[str], None]) -> tuple[int, list[str]]:
-    """Run the command; return its exit code and its last lines. An interrupt of this process asks
-    it to save; a second one ends it at once."""
-    command = [sys.executable, "-P", "-m", "forescale", "train", *words]
-    started = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        # Else Ctrl-C of a terminal would reach the command too, which would count two.
-        start_new_session=True,
-        # Nor would it see the death of this process: the ranks go with it, and nothing is lost.
-        preexec_fn=die_with_parent,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-    assert started.stdout is not None
-    lines: list[str] = []
+def call(verb: str, words: Sequence[str], show: Show, see: See = lambda facts: None) -> Ended:
+    """Run a verb with these words until it ends. show: called with each line for people; see: with
+    each object for programs. An interrupt (Ctrl-C, the stop button of a notebook) asks the command
+    to save and end; a second one ends it at once."""
+    command = [sys.executable, "-P", "-m", "forescale", verb, *words, FLAG]
+    try:
+        started = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            # Else Ctrl-C of a terminal would reach the command too, which would count two.
+            start_new_session=True,
+            # Nor would it see the death of this process: the ranks go with it, and nothing is lost.
+            preexec_fn=die_with_parent,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+    except (ValueError, OSError) as e:  # a NUL, or more text than a command may have
+        raise UserError(verb, f"can't be started with these words ({e})", "correct them") from e
+    output = _Output(started, show, see)
     while True:
         try:
-            for line in started.stdout:
-                lines = [*lines[-_LINES:], line]
-                show(line)
-            return started.wait(), lines
+            output.follow()
+            code = started.wait()
+            if code != USER:  # else the error of the call says it
+                output.release()
+            return Ended(code, output.facts, output.last)
         except KeyboardInterrupt:
             started.send_signal(signal.SIGINT)
-        except BaseException:  # of show: the run must not go on unseen
+        except BaseException:  # of show: the command must not go on unseen
             started.terminate()
             started.wait()
             raise
+
+
+class _Output:
+    """What a command prints. facts: as of Ended; last: its last lines for people."""
+
+    def __init__(self, started: subprocess.Popen[str], show: Show, see: See):
+        self.facts: dict[str, Any] = {}
+        self.last: list[str] = []
+        self._show, self._see, self._document = show, see, ""
+        # Lines since that of an error, which aren't shown if the command ends with it.
+        self._held: list[str] = []
+        self._held_at = 0.0
+        self._lines: SimpleQueue[tuple[bool, str]] = SimpleQueue()
+        streams = ((True, started.stdout), (False, started.stderr))
+        self._readers = [Thread(target=self._read, args=s, daemon=True) for s in streams]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, is_document: bool, stream: IO[str]) -> None:
+        for line in stream:
+            self._lines.put((is_document, line))
+        self._lines.put((False, ""))  # the end
+
+    def follow(self) -> None:
+        """Hand on what is printed until the command ends; again after an interrupt."""
+        while any(reader.is_alive() for reader in self._readers) or not self._lines.empty():
+            try:
+                is_document, line = self._lines.get(timeout=_PAUSE)
+            except Empty:
+                is_document, line = False, ""
+            if is_document:
+                self._add(line)
+            else:
+                self._hand_on(line)
+
+    def _add(self, line: str) -> None:
+        self._document += line
+        if line.startswith(("{", "}")) and line.endswith("}\n"):  # those between are indented
+            facts, self._document = json.loads(self._document), ""
+            self.facts |= facts
+            self._see(facts)
+
+    def _hand_on(self, line: str) -> None:
+        if self._held and time.monotonic() > self._held_at + _PAUSE:
+            self.release()
+        if line:
+            self.last = [*self.last[1 - _LINES :], line]
+            if line.startswith(_ERROR) and not self._held:
+                self._held_at = time.monotonic()
+            if line.startswith(_ERROR) or self._held:
+                self._held.append(line)
+            else:
+                self._show(line)
+
+    def release(self) -> None:
+        """Show the lines that were held back."""
+        lines, self._held = self._held, []
+        for line in lines:
+            self._show(line)
+
+
+def _parts(error: Mapping[str, str]) -> tuple[str, str, str]:
+    return error["subject"], error["problem"], error["todo"]

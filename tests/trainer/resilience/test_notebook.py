@@ -1,15 +1,18 @@
-"""What a notebook does from the first training to a prediction, without the command line."""
+"""What a notebook does from the first training to an export, without the command line."""
 
+import json
 import signal
+import traceback
 
+import numpy as np
 import pytest
+from jupyter_client.manager import start_new_kernel
 
 import forescale
 from forescale.config.job import overrides_of, words_of
 from forescale.config.schema import ConfigError
 from forescale.config.train import TrainJob
-from forescale.ground.errors import UserError
-from forescale.resilience.notebook import TrainingFailed
+from forescale.ground.errors import CommandFailed, UserError
 from forescale.run.command import job_of
 
 KEYS = dict(
@@ -30,43 +33,151 @@ def test_keys_are_words_of_a_command_line():
 
 
 def test_keys_reach_the_job():
-    words = words_of(KEYS | dict(run=dict(name="x"), logging=dict(wandb=dict(tags=["a", "b"]))))
+    tags = ["a, b", "it's"]
+    words = words_of(KEYS | dict(run=dict(name="x"), logging=dict(wandb=dict(tags=tags))))
     job = job_of(TrainJob, overrides_of(TrainJob, words))
     assert (job.model.width, job.train.steps, job.run.name) == (32, 8, "x")
-    assert job.logging.wandb.tags == ["a", "b"]
+    assert job.logging.wandb.tags == tags
+    assert words_of(dict(train=dict(steps=np.int64(3)))) == ["train.steps=3"]
 
 
-def test_a_wrong_key_is_refused_before_anything_starts(tmp_path, monkeypatch):
+def test_public_names():
+    """`dir` lists them alone; rooms that are imported leave the functions of their names."""
+    import forescale.plan.plan
+    import forescale.train.model  # noqa: F401
+
+    assert [name for name in dir(forescale) if name[0] != "_"] == sorted(forescale.__all__)
+    for name in forescale.__all__:
+        assert callable(getattr(forescale, name))
+        assert getattr(forescale, name).__doc__
+
+
+def test_wrong_values_of_python_are_sentences(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"train\.stepz: no such key"):
-        forescale.train_run(train=dict(stepz=3))
-    with pytest.raises(UserError, match=r"model\._target_: __main__\.Mine exists in this process"):
-        forescale.train_run("model._target_=__main__.Mine")
+    calls = {
+        r"train\.stepz: no such key": lambda: forescale.train(train=dict(stepz=3)),
+        r"model\.width: expects a whole number": lambda: forescale.plan(model=dict(width="x")),
+        "model: <object": lambda: forescale.train(model=object()),
+        "callbacks: .* is no number": lambda: forescale.train(callbacks=[{"_target_": object()}]),
+        "5: is no word": lambda: forescale.plan(5),
+        "null byte": lambda: forescale.plan("run.name=\0"),
+        "target: takes text, not 3": lambda: forescale.export(3),
+        "to: takes text, not 3": lambda: forescale.export("first", to=3),
+        "target: is missing": lambda: forescale.export(None),
+        "first: no run has this name": lambda: forescale.export("first"),
+        "data: takes text, not 3": lambda: forescale.finetune("first", 3),
+        "first: no run": lambda: forescale.finetune("first", "questions.jsonl"),
+        "path: takes text, not 3": lambda: forescale.import_hf(3, "x"),
+        "nowhere: no such directory": lambda: forescale.import_hf("nowhere", "x"),
+        "3: is no path": lambda: (forescale.open_run(3),),
+        "None: is no path": lambda: (forescale.open_dataset(None),),
+        "input: .* is no number": lambda: (forescale.open_study("x", input={"a": object()}),),
+    }
+    for sentence, wrong in calls.items():
+        with pytest.raises(UserError, match=sentence):
+            wrong()
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.slow  # trains three times
-def test_a_notebook(tmp_path, monkeypatch, small_data):
-    """Trains, is interrupted, goes on to the same losses; a failure has its last lines."""
+def test_an_error_is_its_sentence_in_a_notebook_and_the_last_line_elsewhere():
+    error = UserError("train.stepz", "no such key", "correct it")
+    assert error._render_traceback_() == [f"UserError: {error}"]
+    assert traceback.format_exception(error)[-1].endswith(f"UserError: {error}\n")
+
+
+def test_a_class_of_another_process_is_refused():
+    with pytest.raises(UserError, match=r"model\._target_=__main__\.Mine: can't be imported"):
+        forescale.plan("model._target_=__main__.Mine")
+
+
+class Notebook:
+    """A kernel of Jupyter. outputs: of the last cell, by their type."""
+
+    def __init__(self, folder):
+        self._manager, self._client = start_new_kernel(kernel_name="python3", cwd=str(folder))
+
+    def run(self, code: str) -> dict[str, list[dict]]:
+        outputs: dict[str, list[dict]] = {}
+        self._client.execute_interactive(
+            code,
+            timeout=300,
+            output_hook=lambda m: outputs.setdefault(m["msg_type"], []).append(m["content"]),
+        )
+        return outputs
+
+    def close(self) -> None:
+        self._client.stop_channels()
+        self._manager.shutdown_kernel(now=True)
+
+
+@pytest.fixture
+def notebook(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORESCALE_CACHE", str(tmp_path / "cache"))
+    opened = Notebook(tmp_path)
+    yield opened
+    opened.close()
+
+
+STOP = """
+import signal
+def stop_once(line):
+    if line.startswith("step 2/"):
+        signal.raise_signal(signal.SIGINT)
+forescale.train(run=dict(name="cut"), show=stop_once, **slow)
+"""
+
+
+@pytest.mark.slow  # trains four times
+def test_a_notebook(tmp_path, monkeypatch, small_data, notebook):
+    """Trains, is interrupted, goes on to the same losses, fine-tunes, exports and imports; shows
+    the loss meanwhile, and of a mistake one sentence."""
     monkeypatch.chdir(tmp_path)
     keys = KEYS | dict(data=dict(path=str(small_data)), launch=dict(processes=1))
-    whole = forescale.train_run(run=dict(name="whole"), show=lambda line: None, **keys)
+    slow = keys | dict(logging=dict(every="1 steps"))
+    notebook.run(f"import forescale; keys, slow = {keys!r}, {slow!r}")
+    (mistake,) = notebook.run("forescale.train(train=dict(stepz=3))")["error"]
+    assert mistake["traceback"] == [
+        "ConfigError: train.stepz: no such key; did you mean train.steps?"
+    ]
+    (plan,) = notebook.run("forescale.plan(**keys)")["execute_result"]
+    assert plan["data"]["text/plain"].startswith("Plan: 8 steps, 1,024 tokens on 1 GPU")
+
+    outputs = notebook.run("run = forescale.train(run=dict(name='whole'), **keys)")
+    assert "step 8/8" in "".join(output["text"] for output in outputs["stream"])
+    assert "<svg" in outputs["display_data"][0]["data"]["image/svg+xml"]
+    assert outputs["update_display_data"]
+    whole = forescale.open_run("whole")
     assert [c.position.step for c in whole.checkpoints()] == [4, 8]
 
-    def stop_once(line: str) -> None:
-        if line.startswith("step 2/"):
-            signal.raise_signal(signal.SIGINT)
-
-    slow = keys | dict(logging=dict(every="1 steps"))
-    with pytest.raises(KeyboardInterrupt):
-        forescale.train_run(run=dict(name="cut"), show=stop_once, **slow)
-    run = forescale.open_run("cut")
-    assert 2 <= run.checkpoints()[-1].position.step < 8
-    again = forescale.train_run(run=dict(name="cut"), show=lambda line: None, **slow)
+    outputs = notebook.run(STOP)
+    assert outputs["error"][0]["traceback"] == [
+        "Interrupted: a run is saved; the same call goes on"
+    ]
+    assert "display_data" not in outputs  # `show` is given
+    assert 2 <= forescale.open_run("cut").checkpoints()[-1].position.step < 8
+    again = forescale.train(run=dict(name="cut"), show=lambda line: None, **slow)
     assert list(again.metrics()["loss"]) == list(whole.metrics()["loss"])
     score = again.evaluate(windows=4)["data"]
     assert score.windows == 4
     assert score.loss > 0
-    with pytest.raises(TrainingFailed, match=r"nowhere: no such dataset; make one") as failed:
-        forescale.train_run(data=dict(path="nowhere"), show=lambda line: None)
-    assert failed.value.code == 2
+
+    examples = [{"prompt": f"{i} + 1", "response": str(i + 1)} for i in range(20)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, examples)))
+    tune = "chat = forescale.finetune(run, 'sums.jsonl', train=dict(steps=2)); chat.path.name"
+    outputs = notebook.run(tune)
+    assert outputs["display_data"]
+    assert outputs["execute_result"][0]["data"]["text/plain"] == "'whole-sums'"
+    outputs = notebook.run("forescale.import_hf(forescale.export(chat, to='hf'), 'back')")
+    assert "AutoModelForCausalLM" in "".join(output["text"] for output in outputs["stream"])
+    chat, back = forescale.open_run("whole-sums"), forescale.open_run("back")
+    weights, imported = chat.model().state_dict(), back.model().state_dict()
+    assert all(np.array_equal(weights[name], imported[name]) for name in weights)
+
+
+def test_errors_of_a_command(tmp_path, monkeypatch):
+    """What the user can correct is the command's own error; a failure has its last lines."""
+    monkeypatch.chdir(tmp_path)
+    lines: list[str] = []
+    with pytest.raises(UserError, match=r"nowhere: no such dataset; make one"):
+        forescale.train(data=dict(path="nowhere"), show=lines.append)
+    assert not any("nowhere" in line for line in lines)  # it is said once
