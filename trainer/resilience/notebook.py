@@ -127,7 +127,8 @@ class _Output:
             self._see(facts)
 
     def _hand_on(self, line: str) -> None:
-        if self._held and time.monotonic() > self._held_at + _PAUSE:
+        is_late = time.monotonic() > self._held_at + _PAUSE
+        if self._held and is_late and "error" not in self.facts:
             self.release()
         if line:
             self.last = [*self.last[1 - _LINES :], line]

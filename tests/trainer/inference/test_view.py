@@ -228,7 +228,7 @@ def test_wrong_arguments_of_the_other_functions_are_named(trained, small_data):
         "threads": (lambda: dataset.stream(8, 1, threads=0),),
         "rank": (lambda: dataset.stream(8, 1, rank="x"),),
         "batches": (lambda: load({"batches": -1}),),
-        "word": (lambda: forescale.train_run(5),),
+        "word": (lambda: forescale.train(5),),
         "too long": (lambda: forescale.open_run("x" * 5000),),
     }
 

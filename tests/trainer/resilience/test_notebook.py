@@ -1,7 +1,6 @@
 """What a notebook does from the first training to an export, without the command line."""
 
 import json
-import signal
 import traceback
 
 import numpy as np
@@ -12,7 +11,8 @@ import forescale
 from forescale.config.job import overrides_of, words_of
 from forescale.config.schema import ConfigError
 from forescale.config.train import TrainJob
-from forescale.ground.errors import CommandFailed, UserError
+from forescale.ground.errors import CRASHED, DONE, INTERRUPTED, CommandFailed, UserError
+from forescale.resilience.notebook import Ended
 from forescale.run.command import job_of
 
 KEYS = dict(
@@ -71,7 +71,7 @@ def test_wrong_values_of_python_are_sentences(tmp_path, monkeypatch):
         "nowhere: no such directory": lambda: forescale.import_hf("nowhere", "x"),
         "3: is no path": lambda: (forescale.open_run(3),),
         "None: is no path": lambda: (forescale.open_dataset(None),),
-        "input: .* is no number": lambda: (forescale.open_study("x", input={"a": object()}),),
+        "columns: .* is no number": lambda: (forescale.open_study("x", columns=object()),),
     }
     for sentence, wrong in calls.items():
         with pytest.raises(UserError, match=sentence):
@@ -174,10 +174,21 @@ def test_a_notebook(tmp_path, monkeypatch, small_data, notebook):
     assert all(np.array_equal(weights[name], imported[name]) for name in weights)
 
 
+def test_the_ends_of_a_command():
+    assert Ended(DONE, {"path": "runs/x"}, []).result() == {"path": "runs/x"}
+    with pytest.raises(KeyboardInterrupt, match="the same call goes on"):
+        Ended(INTERRUPTED, {"path": "runs/x"}, []).result()
+    with pytest.raises(CommandFailed, match="rank 0: boom") as failed:
+        Ended(CRASHED, {"error": {"verb": "train"}}, ["rank 0: boom\n"]).result()
+    assert failed.value.code == CRASHED
+
+
 def test_errors_of_a_command(tmp_path, monkeypatch):
     """What the user can correct is the command's own error; a failure has its last lines."""
     monkeypatch.chdir(tmp_path)
     lines: list[str] = []
     with pytest.raises(UserError, match=r"nowhere: no such dataset; make one"):
         forescale.train(data=dict(path="nowhere"), show=lines.append)
-    assert not any("nowhere" in line for line in lines)  # it is said once
+    with pytest.raises(UserError, match="no such directory"):
+        forescale.import_hf("nowhere", "x", show=lines.append)  # with torch, it ends slowly
+    assert not any("nowhere" in line for line in lines)  # the error has it
