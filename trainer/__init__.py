@@ -68,6 +68,8 @@ def train(*words: str, show: Show = None, **keys: Any) -> "RunView":
     train("experiment=quick", run={"name": "first"}, train={"tokens": 5e6})
 
     In a notebook the loss is drawn meanwhile, unless `show` is given. An interrupt saves the run.
+    model=Model trains a class of your own, also one that a cell defines; so do optimizer=Mine,
+    objective=Mine and callbacks=[Mine].
     """
     return _trained(_call("train", {}, words, keys, show))
 
@@ -182,6 +184,7 @@ def _call(
     them."""
     from forescale.config.job import check_values, words_of
     from forescale.monitor.live_loss import LiveLoss
+    from forescale.resilience.cell_class import with_names
     from forescale.resilience.notebook import call
     from forescale.verbs import load
 
@@ -189,6 +192,7 @@ def _call(
         if not isinstance(word, str):
             todo = f'write such as {verb}("experiment=quick")'
             raise UserError(repr(word), "is no word of a command line", todo)
+    keys = with_names(keys)
     for values in (named, keys):
         check_values(load(verb).JOB, values)
     arguments = [*words_of(named), *words, *words_of(keys)]

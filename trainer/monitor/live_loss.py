@@ -7,7 +7,6 @@ tenth of the time.
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 from forescale.ground.errors import UserError
@@ -31,10 +30,16 @@ class LiveLoss:
             return
         if facts.get("kind") == "started":
             self._run = Run(facts["path"])
-        now, is_over = time.monotonic(), facts.get("kind") == "ended"
-        if self._run is not None and (now >= self._next or is_over):
-            with suppress(UserError):  # no step yet
+        now, kind = time.monotonic(), facts.get("kind")
+        is_due = kind == "ended" or (kind in ("train", "validation") and now >= self._next)
+        if self._run is not None and is_due:
+            try:
                 self._draw(self._run)
+            except UserError:  # no step yet
+                pass
+            except Exception as e:  # no picture is worth the run
+                print(f"The loss is not drawn any more ({type(e).__name__}: {e}).")
+                self._run = None
             self._next = time.monotonic() + max(_EVERY, (time.monotonic() - now) / _SHARE)
 
     def _draw(self, run: Run) -> None:

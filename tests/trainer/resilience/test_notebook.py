@@ -9,7 +9,6 @@ from jupyter_client.manager import start_new_kernel
 
 import forescale
 from forescale.config.job import overrides_of, words_of
-from forescale.config.schema import ConfigError
 from forescale.config.train import TrainJob
 from forescale.ground.errors import CRASHED, DONE, INTERRUPTED, CommandFailed, UserError
 from forescale.resilience.notebook import Ended
@@ -44,7 +43,7 @@ def test_keys_reach_the_job():
 def test_public_names():
     """`dir` lists them alone; rooms that are imported leave the functions of their names."""
     import forescale.plan.plan
-    import forescale.train.model  # noqa: F401
+    import forescale.train.model
 
     assert [name for name in dir(forescale) if name[0] != "_"] == sorted(forescale.__all__)
     for name in forescale.__all__:
@@ -127,7 +126,28 @@ forescale.train(run=dict(name="cut"), show=stop_once, **slow)
 """
 
 
-@pytest.mark.slow  # trains four times
+CLASS = """
+from torch import nn
+class Model(nn.Module):
+    def __init__(self, vocab_size: int, width: int = 16):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.head = nn.Linear(width, vocab_size)
+    def forward(self, tokens_BL, targets_BL=None):
+        logits = self.head(self.embedding(tokens_BL) * 2.0)
+        if targets_BL is None:
+            return logits
+        losses = nn.functional.cross_entropy(
+            logits.float().mT, targets_BL, ignore_index=-100, reduction="none"
+        )
+        return losses.sum(1)
+own = {**keys, "model": {"_target_": Model, "width": 8}, "optimizer": "adamw"}
+trained = forescale.train(run=dict(name="own"), **own).model(trust=True)
+trained.embedding.weight.shape[1], type(trained).__name__
+"""
+
+
+@pytest.mark.slow  # trains five times
 def test_a_notebook(tmp_path, monkeypatch, small_data, notebook):
     """Trains, is interrupted, goes on to the same losses, fine-tunes, exports and imports; shows
     the loss meanwhile, and of a mistake one sentence."""
@@ -160,6 +180,11 @@ def test_a_notebook(tmp_path, monkeypatch, small_data, notebook):
     score = again.evaluate(windows=4)["data"]
     assert score.windows == 4
     assert score.loss > 0
+
+    outputs = notebook.run(CLASS)
+    assert outputs["execute_result"][0]["data"]["text/plain"] == "(8, 'Model')"
+    outputs = notebook.run(CLASS.replace("* 2.0", "* 3.0"))
+    assert "was started with another config: model._target_" in outputs["error"][0]["traceback"][0]
 
     examples = [{"prompt": f"{i} + 1", "response": str(i + 1)} for i in range(20)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, examples)))

@@ -47,9 +47,10 @@ class Event:
 
 def events_of(status: Status) -> list[Event]:
     """Return the events of a run, oldest first. Raises UserError for a damaged row."""
-    rows = {a.number: status.rows_of_events(a) for a in status.attempts}
+    launches = status.goodput.launches  # of a run that goes on, another may begin meanwhile
+    rows = {a.number: status.rows_of_events(a) for launch in launches for a in launch.attempts}
     events: list[Event] = []
-    for number, launch in enumerate(status.goodput.launches):
+    for number, launch in enumerate(launches):
         for i, attempt in enumerate(launch.attempts):
             if i:
                 events.append(_rollback(attempt, rows[launch.attempts[i - 1].number]))
