@@ -69,7 +69,7 @@ ALLOWED = {
     ),
     "cli": "config verbs",
     "scaling.view": "config scaling.config scaling.analysis scaling.study",
-    "__init__": "config data resilience monitor inference plan verbs scaling.view",
+    "__init__": "data resilience monitor inference plan verbs scaling.view",
     "__main__": "cli",
     "slurm.rank": "slurm cli",  # a rank of SLURM's is the command line's, by another door
 }

@@ -31,7 +31,7 @@ which `pip install "forescale[study]"` brings.
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -168,9 +168,11 @@ def open_study(source: AnyPath, **keys: Any) -> "StudyView":
     keys: of `forescale study`, such as columns={"parameters": "Model Size"}. Raises UserError if
     there is nothing.
     """
+    from forescale.ground.storage import path_of
     from forescale.scaling.view import open_view
 
-    return open_view(source, **keys)
+    path_of(source)  # expect one
+    return open_view(fspath(source), **keys)
 
 
 def _call(
@@ -180,25 +182,15 @@ def _call(
     keys: Mapping[str, Any],
     show: Show,
 ) -> "Ended":
-    """Run a verb. named: keys that are arguments of the function; the words and keys stand behind
-    them."""
-    from forescale.config.job import check_values, words_of
+    """Run a verb; see resilience/notebook.py."""
     from forescale.monitor.live_loss import LiveLoss
-    from forescale.resilience.cell_class import with_names
-    from forescale.resilience.notebook import call
+    from forescale.resilience.notebook import arguments, call
     from forescale.verbs import load
 
-    for word in words:
-        if not isinstance(word, str):
-            todo = f'write such as {verb}("experiment=quick")'
-            raise UserError(repr(word), "is no word of a command line", todo)
-    keys = with_names(keys)
-    for values in (named, keys):
-        check_values(load(verb).JOB, values)
-    arguments = [*words_of(named), *words, *words_of(keys)]
+    command = arguments(load(verb).JOB, named, words, keys)
     if show is None:
-        return call(verb, arguments, lambda line: print(line, end="", flush=True), LiveLoss())
-    return call(verb, arguments, show)
+        return call(verb, command, lambda line: print(line, end="", flush=True), LiveLoss())
+    return call(verb, command, show)
 
 
 def _trained(ended: "Ended") -> "RunView":

@@ -125,8 +125,13 @@ def overrides_of(schema: type[Job], arguments: Sequence[str]) -> list[str]:
     return [f"{target}={_quoted(names[0])}", *rest]
 
 
-def words_of(keys: Mapping[str, Any], above: str = "") -> list[str]:
-    """Return nested keys as words of a command line: {"run": {"name": "a"}} -> ["run.name=a"]."""
+def words_of(
+    keys: Mapping[str, Any], above: str = "", schema: type[Job] | None = None
+) -> list[str]:
+    """Return nested keys as words of a command line: {"run": {"name": "a"}} -> ["run.name=a"].
+    schema: check the values as those of its keys. Raises ConfigError."""
+    if schema is not None:
+        _check_values(schema, keys)
     words: list[str] = []
     for name, value in keys.items():
         if isinstance(value, Mapping):
@@ -136,7 +141,7 @@ def words_of(keys: Mapping[str, Any], above: str = "") -> list[str]:
     return words
 
 
-def check_values(schema: type[Job], keys: Mapping[str, Any]) -> None:
+def _check_values(schema: type[Job], keys: Mapping[str, Any]) -> None:
     """Raise ConfigError for values of Python that no command line can have, and for a number where
     a verb takes text, such as a path. All others are checked as words."""
     known, problems = leaves(schema), []

@@ -27,7 +27,7 @@ from forescale.ground.storage import write_file
 
 _FOLDER = "notebook_classes"
 _CELL = "__main__"  # the module of a cell, and of a script
-_OWN = ("optimizer", "objective")  # sections in which `own` chooses a class of the user's
+_SECTIONS = ("optimizer", "objective")  # sections in which `own` chooses a class of the user's
 _TODO = "write the class with all it needs into a file, such as mine.py, and import it from there"
 
 
@@ -38,7 +38,7 @@ def with_names(keys: Mapping[str, Any]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for name, value in keys.items():
         value = _named(value)
-        if name in _OWN and isinstance(value, Mapping) and "_target_" in value:
+        if name in _SECTIONS and isinstance(value, Mapping) and "_target_" in value:
             named |= {name: "own", **{f"{name}.{key}": inner for key, inner in value.items()}}
         else:
             named[name] = value
@@ -91,7 +91,7 @@ class _Source:
             return
         if isinstance(value, ModuleType):
             self._imports[name] = f"import {value.__name__} as {name}"
-        elif getattr(value, "__module__", None) == _CELL and isinstance(value, type | FunctionType):
+        elif getattr(value, "__module__", None) == _CELL and hasattr(value, "__name__"):
             self._define(name, value)
         elif _is_literal(value):
             self._texts[name] = f"{name} = {value!r}"
@@ -101,10 +101,16 @@ class _Source:
             problem = f"is {value!r:.100}, which is no number, text, module, class or function"
             raise UserError(name, problem, _TODO)
 
-    def _define(self, name: str, value: type | FunctionType) -> None:
+    def _define(self, name: str, value: Any) -> None:
         own_name = value.__name__
+        if name != own_name and self._names.get(own_name) is value:  # one definition, two names
+            self.add(own_name, value)
+            self._texts[name] = f"{name} = {own_name}"
+            return
         self._texts[name] = ""  # meanwhile: it may name itself
         text = source_of(value)
+        if text.startswith("@") and self._names.get(own_name) is not value:
+            raise UserError(name, "is not what its definition with a decorator gives", _TODO)
         for other in dict.fromkeys(_globals_of(compile(text, own_name, "exec", dont_inherit=True))):
             if other not in (own_name, "__name__") and other in self._names:
                 self.add(other, self._names[other])
@@ -113,11 +119,11 @@ class _Source:
             self._texts[name] += f"\n\n\n{name} = {own_name}"
 
 
-def source_of(value: type | FunctionType) -> str:
+def source_of(value: Any) -> str:
     """Return the text of a class or a function of a cell. Raises UserError if it isn't known, or if
     a method of the class comes from elsewhere."""
-    name = value.__name__
-    codes = {name: value.__code__} if isinstance(value, FunctionType) else {}
+    name, function = value.__name__, inspect.unwrap(value)
+    codes = {name: function.__code__} if isinstance(function, FunctionType) else {}
     bases = {base.__qualname__ for base in getattr(value, "__mro__", ())}
     for method_name, member in vars(value).items() if isinstance(value, type) else ():
         method = inspect.unwrap(getattr(member, "__func__", getattr(member, "fget", member)))
@@ -154,13 +160,14 @@ def _globals_of(code: CodeType) -> Iterator[str]:
 def _place_of(name: str, value: Any) -> tuple[str, str] | None:
     """Return the module and the name by which a value can be imported; None if there is none."""
     module, own_name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    if module and own_name:
+    if own_name and isinstance(module, str) and module != _CELL:
         with suppress(ImportError, AttributeError):
             if getattr(importlib.import_module(module), own_name) is value:
                 return module, own_name
-    cells, missing = sys.modules[_CELL], object()
-    modules = [(m, module) for m, module in [*sys.modules.items()] if module not in (cells, None)]
-    places = [m for m, module in modules if vars(module).get(name, missing) is value]
+    modules = [(m, getattr(module, "__dict__", {})) for m, module in [*sys.modules.items()]]
+    places = [m for m, names in modules if name in names and names[name] is value]
+    cells = sys.modules[_CELL]  # maybe under other names, too
+    places = [m for m in places if sys.modules[m] is not cells]
     return (min(places, key=lambda m: (m.count("_"), len(m), m)), name) if places else None
 
 

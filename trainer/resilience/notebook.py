@@ -16,10 +16,12 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import IO, Any, NamedTuple
 
+from forescale.config.job import Job, words_of
 from forescale.config.schema import ConfigError, Problem
 from forescale.ground.document import FLAG
 from forescale.ground.errors import DONE, INTERRUPTED, USER, CommandFailed, Interrupted, UserError
 from forescale.ground.processes import die_with_parent
+from forescale.resilience.cell_class import with_names
 
 _LINES = 20  # of the output that an error repeats
 _PAUSE = 0.5  # seconds: a command ends so soon after it has printed its error
@@ -47,6 +49,19 @@ class Ended(NamedTuple):
         if self.code != DONE:
             raise CommandFailed(self.code, self.lines)
         return self.facts
+
+
+def arguments(
+    schema: type[Job], named: Mapping[str, Any], words: Sequence[str], keys: Mapping[str, Any]
+) -> list[str]:
+    """Return the words of a command. named: keys that a function has as arguments; the words and
+    the keys stand behind them. Raises UserError for values that no command line can have."""
+    for word in words:
+        if not isinstance(word, str):
+            todo = f'write such as {schema.VERB}("experiment=quick")'
+            raise UserError(repr(word), "is no word of a command line", todo)
+    first, last = words_of(named, schema=schema), words_of(with_names(keys), schema=schema)
+    return [*first, *words, *last]
 
 
 def call(verb: str, words: Sequence[str], show: Show, see: See = lambda facts: None) -> Ended:

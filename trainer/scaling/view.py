@@ -3,15 +3,13 @@
 Invariant: the numbers are those that `forescale study` prints for the same keys.
 """
 
-import os
 from collections.abc import Mapping
-from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forescale.config.compose import compose
-from forescale.config.job import check_values, words_of
+from forescale.config.job import words_of
 from forescale.ground.errors import UserError
-from forescale.ground.storage import path_of
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.config import StudyJob
 from forescale.scaling.study.directory import settings
@@ -37,9 +35,7 @@ class StudyView:
         return f"StudyView({self.where!r})"
 
     def _job(self, keys: Mapping[str, Any]) -> StudyJob:
-        values = {**self._keys, **keys}
-        check_values(StudyJob, values)
-        words = words_of(values)
+        words = words_of({**self._keys, **keys}, schema=StudyJob)
         return settings(compose(StudyJob, words), words)
 
     def fit(self, **keys: Any) -> "StudyFit":
@@ -58,10 +54,10 @@ class StudyView:
         return prediction
 
 
-def open_view(source: str | PathLike[str], **keys: Any) -> StudyView:
+def open_view(source: str | Path, **keys: Any) -> StudyView:
     """Return the planned study of this name or directory, or the table or the runs of this name."""
-    path = path_of(source)
-    folder = path if "/" in os.fspath(source) else path_of(keys.get("studies", "studies")) / path
+    path = Path(source).expanduser()
+    folder = path if "/" in str(source) else Path(str(keys.get("studies", "studies"))) / path
     if (folder / "plan.json").is_file():
         return StudyView({**keys, "study": folder.name, "studies": str(folder.parent)})
-    return StudyView({**keys, "input": [os.fspath(source)]})
+    return StudyView({**keys, "input": [str(source)]})

@@ -16,29 +16,36 @@ from forescale.run.command import job_of
 
 CELLS = [
     """
-import torch
+import functools, torch
 from torch import nn, float32
 from torch.nn.functional import silu as activation
 SCALE, NAMES = 2.0, ("a", "b")
+def twice(function):
+    return functools.wraps(function)(lambda x, *rest: function(function(x, *rest), *rest))
+@twice
 def scaled(x, depth=2):
     return scaled(x, depth - 1) * SCALE if depth else x
-factor = scaled
+@functools.cache
+def dtype():
+    return float32
 """,
     """
 class Base(nn.Module):
     def __init__(self, width: int = 8):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in NAMES)
+Root = Base
 @torch.compiler.disable
 class Model(Base):
     parts = staticmethod(lambda layers: list(layers))
     @property
     def kind(self):
-        return float32
+        assert isinstance(self, Root)
+        return dtype()
     @torch.no_grad()
     def forward(self, x):
         for layer in self.parts(self.layers):
-            x = activation(factor(layer(x.to(self.kind))))
+            x = activation(scaled(layer(x.to(self.kind))))
         return x
 """,
 ]
@@ -65,13 +72,13 @@ def test_a_class_of_cells_computes_the_same_as_a_module(cells, monkeypatch, tmp_
     module = cells(*CELLS)
     path, _, class_name = dotted_name(module.Model).rpartition(".")
     monkeypatch.syspath_prepend(tmp_path)
-    written = getattr(importlib.import_module(path), class_name)
-    assert written is not module.Model
+    twin = getattr(importlib.import_module(path), class_name)
+    assert twin is not module.Model
     x = torch.randn(3, 8)
     torch.manual_seed(1)
     expected = module.Model()(x)
     torch.manual_seed(1)
-    assert torch.equal(written()(x), expected)
+    assert torch.equal(twin()(x), expected)
 
 
 def test_the_name_follows_the_source(cells):
@@ -106,11 +113,21 @@ def test_values_that_are_classes_reach_the_job(cells):
     ("cell", "sentence"),
     [
         ("class Mine(Base):\n def forward(self, x):\n  return table", "table: is <object"),
+        (
+            "bare = scaled.__wrapped__\nclass Mine:\n f = property(lambda self: bare)",
+            "bare: is not what",
+        ),
         ("class Mine(Base): pass", "Mine: is not defined at the top of a cell, or has no method"),
         ("def make():\n class Mine:\n  def f(self): pass\n return Mine\nMine = make()", "Mine: is"),
         ("class Mine(Base):\n def f(self): pass\nMine.g = lambda self: 3", "a method, g, that"),
     ],
-    ids=["a value", "no method", "inside a function", "a method from elsewhere"],
+    ids=[
+        "a value",
+        "without its decorator",
+        "no method",
+        "inside a function",
+        "a method from elsewhere",
+    ],
 )
 def test_a_class_that_its_source_does_not_tell_is_refused(cells, cell, sentence, tmp_path):
     module = cells(*CELLS, "table = object()", cell)
