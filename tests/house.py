@@ -34,7 +34,7 @@ BUDGETS = {
     "lines of the largest room": 16_500,  # scaling/; every other one is below 9,000
     "names that name nothing": 0,
     "file names that occur twice below a room": 0,
-    "arrows between rooms": 134,
+    "arrows between rooms": 138,
 }
 SHORT = 80  # lines; a file as short that only one other imports belongs into that one
 

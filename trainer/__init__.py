@@ -187,6 +187,8 @@ def _call(
     from forescale.resilience.notebook import arguments, call
     from forescale.verbs import load
 
+    if show is not None and not callable(show):
+        raise UserError("show", f"{show!r} is no function", "give one that takes a line of text")
     command = arguments(load(verb).JOB, named, words, keys)
     if show is None:
         return call(verb, command, lambda line: print(line, end="", flush=True), LiveLoss())

@@ -58,6 +58,7 @@ def test_wrong_values_of_python_are_sentences(tmp_path, monkeypatch):
         r"model\.width: expects a whole number": lambda: forescale.plan(model=dict(width="x")),
         "model: <object": lambda: forescale.train(model=object()),
         "callbacks: .* is no number": lambda: forescale.train(callbacks=[{"_target_": object()}]),
+        "show: 3 is no function": lambda: forescale.plan(show=3),
         "5: is no word": lambda: forescale.plan(5),
         "null byte": lambda: forescale.plan("run.name=\0"),
         "target: takes text, not 3": lambda: forescale.export(3),

@@ -114,3 +114,11 @@ def test_a_run_without_a_row_has_no_curve(run):
     curves = read_curves(run)
     assert (curves.lines, curves.scores, curves.dropped) == ({}, {}, [])
     assert events_of(Status(run)) == []
+
+
+def test_an_attempt_may_begin_while_events_are_read(run):
+    begun(run)
+    status = Status(run)
+    assert len(status.attempts) == 1
+    begun(run, 4)
+    assert ("restart", 4) in [(event.sort, event.step) for event in events_of(status)]
