@@ -104,19 +104,22 @@ def export(
     *words: str,
     to: AnyPath | None = None,
     step: int | None = None,
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+    format: Literal["transformers", "gguf"] = "transformers",
+    dtype: Literal["fp32", "bf16", "fp16", "q8_0"] = "fp32",
     adapter: bool = False,
     show: Show = None,
     **keys: Any,
 ) -> Path:
-    """Write a checkpoint as a Hugging Face transformers model, and return its directory.
+    """Write a checkpoint as a Hugging Face transformers model, and return its directory; or as a
+    file for llama.cpp, and return it.
 
     export("first", to="exports/first", dtype="bf16")
 
-    step: of the checkpoint; None: the newest. to: None: exports/RUN-STEP. adapter: write the
-    adapters of a LoRA run alone.
+    step: of the checkpoint; None: the newest. to: None: exports/RUN-STEP. dtype: q8_0 is of GGUF
+    files alone. adapter: write the adapters of a LoRA run alone.
     """
-    named = {"target": run_, "to": to, "step": step, "dtype": dtype, "adapter": adapter}
+    named = {"target": run_, "to": to, "step": step, "format": format, "dtype": dtype}
+    named["adapter"] = adapter
     return Path(_call("export", named, words, keys, show).result()["path"])
 
 
@@ -197,9 +200,6 @@ def _call(
 
 def _trained(ended: "Ended") -> "RunView":
     return open_run(ended.result()["path"])
-
-
-train_run = train  # its earlier name
 
 
 class _Package(ModuleType):

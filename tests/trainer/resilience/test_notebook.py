@@ -63,12 +63,10 @@ def test_wrong_values_of_python_are_sentences(tmp_path, monkeypatch):
         "null byte": lambda: forescale.plan("run.name=\0"),
         "target: takes text, not 3": lambda: forescale.export(3),
         "to: takes text, not 3": lambda: forescale.export("first", to=3),
-        "target: is missing": lambda: forescale.export(None),
         "first: no run has this name": lambda: forescale.export("first"),
         "data: takes text, not 3": lambda: forescale.finetune("first", 3),
         "first: no run": lambda: forescale.finetune("first", "questions.jsonl"),
         "path: takes text, not 3": lambda: forescale.import_hf(3, "x"),
-        "nowhere: no such directory": lambda: forescale.import_hf("nowhere", "x"),
         "3: is no path": lambda: (forescale.open_run(3),),
         "None: is no path": lambda: (forescale.open_dataset(None),),
         "columns: .* is no number": lambda: (forescale.open_study("x", columns=object()),),
@@ -83,11 +81,6 @@ def test_an_error_is_its_sentence_in_a_notebook_and_the_last_line_elsewhere():
     error = UserError("train.stepz", "no such key", "correct it")
     assert error._render_traceback_() == [f"UserError: {error}"]
     assert traceback.format_exception(error)[-1].endswith(f"UserError: {error}\n")
-
-
-def test_a_class_of_another_process_is_refused():
-    with pytest.raises(UserError, match=r"model\._target_=__main__\.Mine: can't be imported"):
-        forescale.plan("model._target_=__main__.Mine")
 
 
 class Notebook:
