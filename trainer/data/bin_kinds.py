@@ -3,6 +3,7 @@
     PackedKind          whole documents side by side in a window (forescale.data.packing)
     PairKind            a document that is a source, a separator and a target
     ConversationKind    a document with responses to learn
+    ConversationsKind   several of them side by side
     PreferenceKind      a document of two conversations, the chosen and the rejected one
 
 Invariant: each document is in a bin once or, unless documents are packed, is counted once as left
@@ -64,6 +65,10 @@ class BinKind:
     def mark_ignored(self, row: np.ndarray, ends: np.ndarray) -> None:
         """Set to True what is no target of a row, bool (L + 1,). ends: of its pieces."""
         raise NotImplementedError
+
+    def document_ends(self, ends: np.ndarray) -> np.ndarray:
+        """Return where the documents of a row end. ends: of its pieces."""
+        return ends
 
     def path(self, split: Split, identity: str, cache: Path) -> Path:
         numbers = "-".join(map(str, astuple(self)))
@@ -239,6 +244,36 @@ class ConversationKind(BinKind):
     def _sizes(self, edges: np.ndarray) -> list[int]:
         """Return the tokens of each row that a document becomes; none if it becomes none."""
         return [int(edges[-1])] if len(edges) else []
+
+
+@dataclass(frozen=True)
+class ConversationsKind(ConversationKind):
+    """Whole conversations side by side, by best fit (packing.py). Between two of them are two
+    pieces without a token, so that every other piece is a learned one, as of one conversation."""
+
+    folder, unit = "packed-conversations", "row"
+
+    def find(self, split: Split, shard: int, documents: Documents, facts: Facts) -> Packing:
+        one_by_one = super().find(split, shard, documents, facts)
+        if not one_by_one.num_bins:
+            return one_by_one
+        pieces = [one_by_one.pieces(number) for number in range(one_by_one.num_bins)]
+        sizes = np.array([lengths.sum() for _, lengths in pieces])
+        packed = pack(sizes, self.sequence_length)
+        numbers = np.searchsorted(np.cumsum(sizes) - sizes, packed.starts)
+        starts, lengths, offsets = list[np.ndarray](), list[np.ndarray](), [0]
+        for number in range(packed.num_bins):
+            of = numbers[packed.offsets[number] : packed.offsets[number + 1]].tolist()
+            for i, conversation in enumerate(of):
+                first, tokens = pieces[conversation]
+                starts.append(np.append(first[:1].repeat(2 * (i > 0)), first))
+                lengths.append(np.append(np.zeros(2 * (i > 0), np.int32), tokens))
+            offsets.append(sum(map(len, starts[-len(of) :])) + offsets[-1])
+        every = np.concatenate(lengths).astype(np.int32)
+        return Packing(np.array(offsets, np.int64), np.concatenate(starts), every)
+
+    def document_ends(self, ends: np.ndarray) -> np.ndarray:
+        return np.append(np.unique(ends[1:][np.diff(ends) == 0]), ends[-1:])
 
 
 @dataclass(frozen=True)

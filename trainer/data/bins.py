@@ -133,7 +133,7 @@ class Bins:
         reasons = [f"{facts[key]:,} {words}" for key, words in kind.reasons.items() if facts[key]]
         if not reasons:
             return None
-        count, total = facts["documents"] - int(self.counts.sum()), facts["documents"]
+        count, total = sum(facts[key] for key in kind.reasons), facts["documents"]
         sentence = f"{count:,} of {total:,} documents are left out, because they are no "
         sentence += f"{kind.unit}s: {', '.join(reasons)}"
         if facts["too_long"]:

@@ -186,7 +186,7 @@ class Feed:
             for i, (g, *place) in enumerate(zip(numbers, *places.lists(), strict=True)):
                 ends = self._read(g, place, known, rows.tokens[i], on_read)
                 if rows.documents is not None:
-                    rows.number_documents(i, ends)
+                    rows.number_documents(i, bins.kind.document_ends(ends) if bins else ends)
                 if bins is not None:
                     rows.sizes[i] = ends[-1]
                     rows.mark_pieces(i, bins, ends)
@@ -229,7 +229,8 @@ class Feed:
         pieces = [self._pieces(*place) for place in zip(*places.lists(), strict=True)]
         shard = np.repeat(places.shard, list(map(len, pieces)))
         runs = np.array([run for held in pieces for run in held], np.int64).reshape(-1, 2)
-        return shard, runs[:, 0], runs[:, 1]
+        some = runs[:, 1] > 0  # of conversations side by side
+        return shard[some], runs[some, 0], runs[some, 1]
 
     def _pieces(self, source: int, shard: int, start: int, size: int) -> list[tuple[int, int]]:
         """Return (first token, tokens) of all token runs that a window consists of."""
@@ -272,12 +273,13 @@ class Feed:
         others = self._whole if self.are_whole else self._windows
         for shard, start in chain([window], others(g, source, size)):
             pieces = self._pieces(source, shard, start, size)
-            if not any(is_lost(shard, *piece) for piece in pieces):
+            if not any(is_lost(shard, *piece) for piece in pieces if piece[1]):
                 on_read(name, split.shard_name(shard))
                 try:
                     ends = np.cumsum([length for _, length in pieces])
                     for end, (first, length) in zip(ends.tolist(), pieces, strict=True):
-                        split.read_into(shard, first, out[end - length : end])
+                        if length:
+                            split.read_into(shard, first, out[end - length : end])
                     if self.bins is not None:
                         place[1:3] = shard, start
                         return ends

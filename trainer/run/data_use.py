@@ -11,7 +11,7 @@ from typing import Any
 
 from forescale.config.train import TrainJob
 from forescale.data.bins import num_windows
-from forescale.data.dataset import Sources
+from forescale.data.dataset import Sources, Split
 from forescale.data.objective import window_length
 from forescale.run.abilities import Questions, questions_of_job
 from forescale.run.feed import (
@@ -19,6 +19,7 @@ from forescale.run.feed import (
     feed_of,
     notes,
     objective_of,
+    packs_documents,
     row_kind,
     row_tokens,
     whole_rows_of,
@@ -72,11 +73,11 @@ def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
         where = check(lambda: _tables(job, sources, Path(scratch)))
         feed, held_out, sentences = None, None, []
         if where is not None:
-            if job.data.packing == "windows":
+            if not packs_documents(job):
                 feed = check(lambda: feed_of(job, sources, cache=where))
-            if job.data.packing != "windows" or feed is not None:
+            if packs_documents(job) or feed is not None:
                 held_out = check(count_held_out)
-        elif check(lambda: row_kind(job, sources)) is not None:
+        elif check(lambda: row_kind(job, sources, "train")) is not None:
             sentences.append(
                 "The rows of the data are not counted yet, so its epochs and the tokens read are "
                 "estimates, as if no document were left out and no column were padding, and "
@@ -108,13 +109,13 @@ def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
 def _tables(job: TrainJob, sources: Sources, scratch: Path) -> Path | None:
     """Return the folder of the tables of pairs: the cache if they are there or none are needed,
     `scratch` if they can be made in seconds, else None."""
-    cache, kind = job.data.cache_directory, row_kind(job, sources)
-    parts = [
-        (part, sources.datasets[name].identity)
-        for split in ("train", "validation")
-        for name, part in sources.split(split).items()
-    ]
-    if kind is None or all(kind.path(p, key, cache).exists() for p, key in parts):
+    cache, parts = job.data.cache_directory, list[tuple[Split, bool]]()
+    for split in ("train", "validation"):
+        if kind := row_kind(job, sources, split):
+            for name, part in sources.split(split).items():
+                path = kind.path(part, sources.datasets[name].identity, cache)
+                parts.append((part, path.exists()))
+    if all(exists for _, exists in parts):
         return cache
     is_long = sum(part.num_tokens for part, _ in parts) > _SCANNED
     return None if is_long or any(part.is_remote for part, _ in parts) else scratch

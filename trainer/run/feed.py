@@ -17,6 +17,7 @@ from forescale.config.train import TrainJob
 from forescale.data.bin_kinds import (
     BinKind,
     ConversationKind,
+    ConversationsKind,
     PackedKind,
     PairKind,
     PreferenceKind,
@@ -47,7 +48,7 @@ def feed_of(
     """Return the training feed of a settled job. cache: the folder of tables of pairs, if not the
     job's; references: see Feed. Raises UserError if a source has no window, or the run would read
     it more often than data.max_epochs allows."""
-    if job.data.packing == "best_fit":  # tables that are missing from the cache are made
+    if packs_documents(job):  # tables that are missing from the cache are made
         kind, folder = PackedKind(job.train.sequence_length), job.data.cache_directory
         bins = {
             name: Bins.open(kind, split, sources.datasets[name].identity, folder)
@@ -76,6 +77,11 @@ def feed_of(
         references=references,
         seed=job.train.seed,
     )
+
+
+def packs_documents(job: TrainJob) -> bool:
+    """Return True if windows of next tokens are packed; examples may be, too, as whole rows."""
+    return job.data.packing == "best_fit" and job.objective.is_next_token
 
 
 def objective_of(job: TrainJob, vocab_size: int, held_out: bool = False) -> Objective:
@@ -173,7 +179,7 @@ def whole_rows_of(
     """Return the whole rows of a split of each source, such as pairs; none if the job reads
     windows. Tables that are missing from the cache are made. Raises UserError if there is nothing
     to train on."""
-    if (kind := row_kind(job, sources)) is None:
+    if (kind := row_kind(job, sources, split)) is None:
         return {}
     cache, tables = cache or job.data.cache_directory, dict[str, Bins]()
     of_objective = {"responses": "examples", "preferences": "preferences"}.get(job.objective.kind)
@@ -191,14 +197,16 @@ def whole_rows_of(
     return tables
 
 
-def row_kind(job: TrainJob, sources: Sources) -> BinKind | None:
-    """Return the kind of whole rows that a job reads; None if it reads windows. Raises UserError if
-    the tokenizer of its data has no such separator."""
+def row_kind(job: TrainJob, sources: Sources, split: str) -> BinKind | None:
+    """Return the kind of whole rows that a job reads; None if it reads windows. Held-out examples
+    have a row each, which costs little. Raises UserError if the tokenizer of its data has no such
+    separator."""
     objective = objective_of(job, sources.vocab_size)
     if isinstance(objective, Preferences):
         return PreferenceKind(job.train.sequence_length)
     if isinstance(objective, Responses):
-        return ConversationKind(job.train.sequence_length)
+        packs = job.data.packing == "best_fit" and split == "train"
+        return (ConversationsKind if packs else ConversationKind)(job.train.sequence_length)
     if not isinstance(objective, Pairs):
         return None
     separator = separator_id(sources.tokenizer, objective.separator, sources.end_of_text)

@@ -13,7 +13,7 @@ from typing import Any
 
 from forescale.config.duration import Duration
 from forescale.config.schema import plain
-from forescale.config.sections.data import DataConfig
+from forescale.config.sections.data import ONLY, DataConfig
 from forescale.config.sections.lora import LoraConfig
 from forescale.config.sections.objective import PreferencesConfig, ResponsesConfig
 from forescale.config.sections.optimizer import AdamWConfig, OptimizerConfig
@@ -22,13 +22,14 @@ from forescale.config.sections.schedule import CosineConfig
 from forescale.config.sections.training import OriginConfig
 from forescale.config.train import TrainJob
 from forescale.data.conversations.template import PLAIN, ChatTemplate
-from forescale.data.dataset import Dataset
+from forescale.data.dataset import Dataset, Sources
 from forescale.data.tokenizer import Vocabulary
 from forescale.ground.errors import UserError
 from forescale.ground.foreign import parse_json, read_text
 from forescale.ground.storage import read_typed
 from forescale.models.config import ModelConfig
 from forescale.run.directory import Run
+from forescale.run.feed import whole_rows_of
 from forescale.run.stored import StoredChat
 
 # Alpaca (Taori et al. 2023, github.com/tatsu-lab/stanford_alpaca) fine-tuned LLaMA 7B, whose peak
@@ -141,15 +142,23 @@ def smaller_batch(job: TrainJob, examples: int, epochs: float, least: int) -> Tr
     return replace(job, train=replace(job.train, global_batch=batch, micro_batch=each))
 
 
+def num_rows(job: TrainJob, dataset: Dataset) -> int:
+    """Return the rows of an epoch: examples, or what they are packed into."""
+    if job.data.packing == "windows":
+        return dataset.split("train").num_documents
+    (rows,) = whole_rows_of(job, Sources({ONLY: dataset}), "train").values()
+    return int(rows.counts.sum())
+
+
 def with_examples(job: TrainJob, dataset: Dataset, epochs: float | None) -> TrainJob:
     """Return the job with a dataset; epochs: its length, None if the length is set already. A
     cadence that is longer than an epoch becomes an epoch."""
     job = replace(job, data=replace(job.data, path=str(dataset.path.resolve()), sources={}))
     if epochs is None:
         return job
-    examples = dataset.split("train").num_documents
-    each = max(1, math.ceil(examples / job.train.global_batch))
-    steps = max(1, math.ceil(epochs * examples / job.train.global_batch))
+    rows = num_rows(job, dataset)
+    each = max(1, math.ceil(rows / job.train.global_batch))
+    steps = max(1, math.ceil(epochs * rows / job.train.global_batch))
     job = replace(job, train=replace(job.train, steps=steps, tokens=None))
     checkpoint, validation = job.checkpoint, job.validation
     if (job.steps_of(checkpoint.every) or 0) > each:

@@ -42,6 +42,7 @@ from forescale.run.finetune import (
     chat_template,
     default_epochs,
     first_config,
+    num_rows,
     smaller_batch,
     vocabulary_of_run,
     with_examples,
@@ -104,6 +105,7 @@ EXAMPLES = (
     "finetune first data=chats.jsonl run.name=chat epochs=2 optimizer.learning_rate=1e-4",
     "finetune runs/first/checkpoints/step-00002000 data=questions.jsonl unusable=skip",
     "finetune first data=questions.jsonl lora.rank=16",
+    "finetune first data=chats.jsonl data.packing=best_fit data.document_mask=true",
     "finetune first data=chats.jsonl template=chatml.jinja prepare_only=true",
     "finetune first-chats data=preferences.jsonl objective.beta=0.2",
 )
@@ -171,14 +173,14 @@ def _with_batch(
     later: another machine will train, perhaps with the eight GPUs of a usual node.
     """
     ranks = job.launch.processes.most if job.launch.processes else max(1, len(launcher.gpus()))
-    if _typed(words, "train.global_batch") is None:
-        examples = dataset.split("train").num_documents
-        job = smaller_batch(job, examples, epochs, max(ranks, 8) if later else ranks)
     if is_import and _typed(words, "train.sequence_length") is None:
         # Of its model, maybe 131,072. Examples have less than 2 ** n tokens, where n lengths count.
         enough = max(LENGTH, 2 ** len(dataset.manifest["report"]["lengths"]))
         columns = min(job.train.sequence_length, enough)
         job = replace(job, train=replace(job.train, sequence_length=columns))
+    if _typed(words, "train.global_batch") is None:
+        rows = num_rows(job, dataset)
+        job = smaller_batch(job, rows, epochs, max(ranks, 8) if later else ranks)
     if later or not is_import or _typed(words, "train.micro_batch") is not None:
         return job
     batch = job.train.global_batch
@@ -215,19 +217,22 @@ def _typed(words: list[str], name: str) -> str | None:
 def _introduce(started: Start, dataset: Dataset, is_new: bool, file: str) -> None:
     job, parts = started.job, dataset.manifest["splits"]
     origin = job.run.origin
+    (rows,) = whole_rows_of(job, started.sources, "train").values()
+    is_packed = job.data.packing == "best_fit"
+    unit = "row" if is_packed else "example"
+    packed = f" They fill {rows.counts.sum():,} rows." * is_packed
     print(
         f"{'Fine-tunes' if is_new else 'Goes on fine-tuning'} {origin.run}, from its step "
         f"{origin.step:,}, with {parts['train']['documents']:,} examples; "
-        f"{parts['validation']['documents']:,} are held out.\n"
+        f"{parts['validation']['documents']:,} are held out.{packed}\n"
         f"Peak learning rate {job.optimizer.learning_rate:g}, {job.total_steps:,} steps of "
-        f"{job.train.global_batch:,} example{'s' * (job.train.global_batch > 1)}."
+        f"{job.train.global_batch:,} {unit}{'s' * (job.train.global_batch > 1)}."
     )
     left_out = dataset.manifest["report"]["left_out"]
     if sentence := faults_sentence(left_out, unit_of(file)):
         print(f"Note: {sentence}; they are left out.")
-    (rows,) = whole_rows_of(job, started.sources, "train").values()
     longest, columns = rows.facts["longest"], job.train.sequence_length
-    if (enough := -(-longest // 64) * 64) * 2 <= columns:
+    if (enough := -(-longest // 64) * 64) * 2 <= columns and not is_packed:
         print(
             f"Note: the longest example has {longest:,} tokens, and a row {columns:,} columns; "
             f"train.sequence_length={enough} would do, in a fraction of the time."

@@ -58,7 +58,14 @@ def losses_of(model, optimizer, loss_of) -> list[float]:
     return losses
 
 
-def test_a_fine_tuning_has_the_losses_of_plain_pytorch(llama, forescale):
+PACKED = [
+    *("data.packing=best_fit", "data.document_mask=true"),
+    *("train.sequence_length=64", "train.global_batch=1"),
+]
+
+
+@pytest.mark.parametrize("words", [[], PACKED], ids=["", "packed"])
+def test_a_fine_tuning_has_the_losses_of_plain_pytorch(words, llama, forescale):
     model, optimizer = peer(llama)
     tokens, targets = torch.zeros(4, 16, dtype=torch.long), torch.full((4, 16), -100)
     for i, chat in enumerate(CHATS):
@@ -78,7 +85,7 @@ def test_a_fine_tuning_has_the_losses_of_plain_pytorch(llama, forescale):
         turns = [(r, t) for pair in chat for r, t in zip(ROLES, pair, strict=True)]
         rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
     file = write_rows(Path("chats.jsonl"), rows)
-    forescale.prints("finetune", llama, f"data={file}", "run.name=sft", *TRAINING)
+    forescale.prints("finetune", llama, f"data={file}", "run.name=sft", *TRAINING, *words)
     losses = open_run("runs/sft").metrics()["loss"].tolist()
     assert losses == pytest.approx(losses_of(model, optimizer, loss_of), abs=1e-5)
     assert losses[-1] < losses[0] - 0.1

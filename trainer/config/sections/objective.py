@@ -232,10 +232,15 @@ def objective_problems(job: "TrainJob") -> ProblemIterator:
     if (columns := job.train.sequence_length) < objective.shortest:
         problem = f"{columns} columns are too few for a row of objective {kind}"
         yield "train.sequence_length", problem, f"give at least {objective.shortest}"
-    if job.data.document_mask and (has_source or objective.whole):
+    packs = job.data.packing == "best_fit"
+    packs_examples = packs and kind == "responses"
+    if job.data.document_mask and (has_source or objective.whole) and not packs_examples:
         problem = f"a row of {kind} has no documents of its own, as a window has"
         yield "data.document_mask", problem, "leave it out"
-    if job.data.packing == "best_fit" and not objective.is_next_token:
+    if packs_examples and not job.data.document_mask:
+        problem = "examples side by side in a row would see each other"
+        yield "data.packing", problem, "add data.document_mask=true"
+    if packs and not (objective.is_next_token or packs_examples):
         problem = f"best_fit counts next tokens, not the targets of objective {kind}"
         yield "data.packing", problem, "write data.packing=windows"
     yield from objective.conflicts(job)

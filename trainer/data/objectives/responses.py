@@ -3,8 +3,8 @@ it learns to prefer the chosen of two responses, compared with a fixed reference
 Rafailov et al. 2023, arXiv 2305.18290).
 
 Invariant: a row is one conversation from its first token on, so that attention needs no mask of
-documents and a recurrence no reset; a preference becomes two rows, the chosen conversation and then
-the rejected one; nothing is random.
+documents and a recurrence no reset, or several that a mask keeps apart; a preference becomes two
+rows, the chosen conversation and then the rejected one; nothing is random.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from forescale.data.objective import IGNORED, NextToken
 class Responses(NextToken):
     """Predict each next token of a response, and the token that ends it; other tokens are context.
 
-    A window is a conversation (bin_kinds.ConversationKind), padded on the right. Its length
+    A window is a conversation, or several, padded on the right (bin_kinds.py). Its length
     in the data order, which num_targets takes, is the number of its targets + 1. `examples` returns
     all next tokens; ConversationKind.mark_ignored marks those that are no targets.
     """

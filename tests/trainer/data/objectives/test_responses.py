@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from forescale.data.bin_kinds import ConversationKind
+from forescale.data.bin_kinds import ConversationKind, ConversationsKind
 from forescale.data.bins import Bins
 from forescale.data.conversations import prepare
 from forescale.data.dataset import Dataset
@@ -29,8 +29,8 @@ def dataset(tmp_path_factory):
         yield make_conversations(tmp_path_factory.mktemp("conversations"))
 
 
-def bins_of(dataset, split="train", columns=COLUMNS):
-    kind = ConversationKind(columns)
+def bins_of(dataset, split="train", columns=COLUMNS, kind=ConversationKind):
+    kind = kind(columns)
     return Bins.open(kind, dataset.split(split), dataset.identity, dataset.path.parent)
 
 
@@ -65,6 +65,34 @@ def test_each_example_comes_once_an_epoch_with_its_responses_as_targets(dataset)
         assert Counter(epochs[-1]) == Counter(texts(dataset, "train"))
         assert batch.targets == sum(len(learned) for _, learned in epochs[-1])
     assert epochs[0] != epochs[1], "in another order"
+
+
+def test_packed_rows_hold_each_example_once_apart_from_the_others(dataset):
+    columns, split = 3 * COLUMNS, dataset.split("train")
+    bins = bins_of(dataset, columns=columns, kind=ConversationsKind)
+    feed = make_feed(
+        {"d": split}, columns, 3, 2, bins={"d": bins}, objective=Responses(), documents=True
+    )
+    rows = int(bins.counts.sum())
+    assert bins.facts["row_tokens"] > 0.75 * rows * columns, "few columns are padding"
+    ((batch, micros, _),) = collect(feed, (0, 1), 0, 1, rows, 1)
+    conversations = Counter()
+    for micro in micros:
+        arrays = (micro.tokens.numpy(), micro.targets.numpy(), micro.documents.numpy())
+        for tokens, targets, documents in zip(*arrays, strict=True):
+            for number in range(documents.max() + 1):
+                of = documents == number
+                ids, learned = tokens[of], targets[of]
+                at = np.flatnonzero(learned != IGNORED)
+                if len(at):
+                    whole = [*ids[: at[-1] + 1], learned[at[-1]]]
+                    both = (
+                        [ord("$") if i == dataset.end_of_text else i for i in part]
+                        for part in (whole, learned[at])
+                    )
+                    conversations[tuple(map(bytes, both))] += 1
+    assert conversations == Counter(texts(dataset, "train"))
+    assert batch.targets == sum(len(learned) for _, learned in conversations.elements())
 
 
 def test_held_out_conversations_come_in_their_order(dataset):
