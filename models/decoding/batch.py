@@ -169,8 +169,8 @@ class Batch:
                 raise ValueError(f"{problem}; give it in the tokens.")
             with torch.inference_mode():
                 self.cache = model.encode(source_BS, source_mask_BS)
-        elif isinstance(model, Transformer):
-            self.cache = model.new_cache()
+        elif hasattr(model, "new_cache"):
+            self.cache = model.new_cache()  # type: ignore[operator]
         if self.cache is not None:
             columns = tokens_BL.shape[1] + num_tokens
             self.cache.reserve(columns if max_context is None else min(columns, max_context))
@@ -284,7 +284,7 @@ class Batch:
             context = context[:, -self.longest :]
         if self.real is not None:
             options["padding_mask_BL"] = self.real[:, -context.shape[1] :]
-        if isinstance(self.model, Transformer):
+        if hasattr(self.model, "new_cache"):
             options["last"] = 1
         return self.model(context, **options)[:, -1].float()
 

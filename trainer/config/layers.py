@@ -23,6 +23,7 @@ from forescale.config.schema import (
     options,
     section_class,
 )
+from forescale.config.target import ANY_CLASS
 
 LENGTHS = ("train.steps", "train.tokens", "train.tokens_per_parameter")  # a run has one of them
 _OF_COMMAND = ("run.name", "run.root", "run.resume", "trust")
@@ -155,9 +156,11 @@ def over_origin(
         return tree
     places = (Path(origin), Path(str(run.get("root"))).expanduser() / origin)
     frozen = next(filter(None, map(find, places)), None)
-    if frozen is None or "_target_" in frozen["model"]:
+    if frozen is None or frozen["model"].get("_target_", ANY_CLASS) != ANY_CLASS:
         return tree
     model = copy.deepcopy(frozen["model"])
+    if "_target_" in model:
+        return {**tree, "model": over_frozen(schema, tree, {"model": model}, typed)["model"]}
     model["source_length"] = None  # it always follows
     length, longest = tree["train"]["sequence_length"], model["max_sequence_length"]
     position = model["position"]

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import fields
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from platformdirs import user_state_path
 
@@ -27,7 +27,14 @@ from forescale.config.schema import TargetConfig, plain
 from forescale.ground.errors import UserError
 
 STORED = "--stored"  # of `train`: the arguments come from a file, which may name no code
+# The class for model=transformers: ours, so that no command must name it.
+ANY_CLASS = "forescale.models.hf.any_class.AnyModel"
 CELL = "--cell"  # of `train`: a run of a study, which compares losses and needs no sample of text
+
+
+def is_any_class(model: Any) -> TypeGuard[TargetConfig]:
+    """Return True for the model of a job that is a class of transformers."""
+    return isinstance(model, TargetConfig) and model.target == ANY_CLASS
 
 
 def targets(job: Any) -> dict[str, str]:
@@ -37,6 +44,8 @@ def targets(job: Any) -> dict[str, str]:
         value = getattr(job, f.name)
         is_list = isinstance(value, list)
         values |= {f"{f.name}.{i}": v for i, v in enumerate(value)} if is_list else {f.name: value}
+    if is_any_class(values.get("model")):
+        del values["model"]
     named = {k: v.target for k, v in values.items() if isinstance(v, TargetConfig) and v.target}
     return {f"{key}._target_": target for key, target in named.items()}
 
@@ -120,6 +129,9 @@ def make(where: str, config: TargetConfig, **offered: Any) -> Any:
         added = {k: v for k, v in offered.items() if k in parameters and k not in config.arguments}
         return cls(**config.arguments, **added)
     except (TypeError, ValueError) as e:
+        if is_any_class(config) and isinstance(e, ValueError):
+            problem, _, todo = str(e).partition("; ")
+            raise UserError(f"model.name={config.arguments['name']}", problem, todo) from e
         problem = f"can't be instantiated ({e})"
         todo = f"check the keys of section {where}"
         raise UserError(f"{where}._target_={config.target}", problem, todo) from e

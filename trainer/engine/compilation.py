@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from forescale.config.target import is_any_class
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
@@ -46,6 +47,8 @@ def compilation(job: TrainJob, world_size: int, device: str) -> Compilation:
     missing, budget = compiler_missing(), job.train.activation_memory_budget
     if job.train.compile == "off":
         return Compilation(False)
+    if is_any_class(job.model) and job.train.compile == "auto" and budget is None:
+        return Compilation(False, notice="A class of transformers is compiled by train.compile=on.")
     if missing and job.train.compile == "on":
         problem = f"this machine lacks {missing}"
         raise UserError("train.compile=on", problem, "install it, or set train.compile=auto")

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from forescale.checkpoint.reader import Checkpoint
+from forescale.config.target import is_any_class
 from forescale.data.tokenizer import declared_ends
 from forescale.ground.errors import UserError
 from forescale.ground.storage import fsync_path, make_folder, staged
@@ -30,6 +31,7 @@ from forescale.models.adapters import is_adapter
 from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
 from forescale.models.hf import FAMILIES, family_of, to_hf
+from forescale.models.hf.any_class import class_name
 from forescale.models.hf.peft_weights import adapters_to_hf
 from forescale.run.finetune import kept_template
 
@@ -45,6 +47,8 @@ def family(view: RunView) -> str:
     """Return the transformers class that the run's model fits, or the class of the file that an
     export brings (remote_code.py). Raises UserError that says why neither is."""
     model = view.config.model
+    if is_any_class(model):
+        return class_name(model.arguments["config"], view.config.objective.sees_both_sides)
     if not isinstance(model, ModelConfig):
         problem = f"is your own class {model.target}, which transformers doesn't know"
         raise UserError(
@@ -71,9 +75,8 @@ class _Exported:
 
 def _exported(view: RunView, checkpoint: Checkpoint, dtype: str) -> _Exported:
     architecture = family(view)
-    model = view.config.model
+    model, kind = view.config.model, _DTYPES[dtype]
     assert isinstance(model, ModelConfig)
-    kind = _DTYPES[dtype]
     weights = checkpoint.weights()  # with buffers
     checkpoint.expect_shapes({**weights.shapes, **shapes(model.resolved())}, merged=True)
     imported = view.run.read_imported()[CONFIG] if view.run.imported.is_file() else {}
@@ -103,6 +106,8 @@ def export(
     at a time. dtype: fp32, bf16 or fp16, of the weights, each rounded once, after all arithmetic.
     Raises UserError if no family fits, `to` exists or a weight is beyond the range of dtype.
     """
+    if is_any_class(view.config.model):
+        return _export_class(view, checkpoint, to, _DTYPES[dtype], beside)
     exported = _exported(view, checkpoint, dtype)
     with _new_directory(to) as stage:
         for name, content in exported.files.items():
@@ -122,6 +127,10 @@ def export_gguf(view: RunView, checkpoint: Checkpoint, to: Path, dtype: str = "f
     dtype: as in `export`, or q8_0, blocks of 32 numbers of 8 bits. Raises UserError if llama.cpp
     doesn't know the model or the split of its tokenizer, and as `export` does.
     """
+    if is_any_class(view.config.model):
+        problem = "gguf is for our models, and this is a class of transformers"
+        todo = "leave it out, and convert the directory with llama.cpp's convert_hf_to_gguf.py"
+        raise UserError("format", problem, todo)
     exported = _exported(view, checkpoint, "fp32" if dtype == "q8_0" else dtype)
     raw = view.run.verified_tokenizer().read_bytes()
     _expect_free(to)
@@ -133,6 +142,24 @@ def export_gguf(view: RunView, checkpoint: Checkpoint, to: Path, dtype: str = "f
         part.rename(to)
     finally:
         part.unlink(missing_ok=True)
+    return to
+
+
+def _export_class(
+    view: RunView, checkpoint: Checkpoint, to: Path, kind: torch.dtype, beside: Mapping[str, bytes]
+) -> Path:
+    """Write the directory of a class of transformers, as its save_pretrained does."""
+    model: Any = view.load(checkpoint)
+    for named in model.named_parameters():
+        _rounded(kind, named)
+    with _new_directory(to) as stage:
+        model.to(kind).inner.save_pretrained(stage)
+        config = json.loads((stage / CONFIG).read_text("utf-8"))
+        for name, content in _small_files(view, config).items():
+            (stage / name).write_text(as_text(content), "utf-8")
+        (stage / "tokenizer.json").write_bytes(view.run.verified_tokenizer().read_bytes())
+        for name, data in beside.items():
+            (stage / name).write_bytes(data)
     return to
 
 
@@ -166,10 +193,10 @@ def export_adapters(
         problem = "peft knows no adapters of a model that comes with its own code"
         raise UserError("adapter", problem, "leave it out: export then writes the whole model")
     job = view.config
-    assert isinstance(job.model, ModelConfig)
     if not any(map(is_adapter, checkpoint.shapes)):
         todo = "leave adapter out: export then writes the whole model"
         raise UserError("adapter", f"{view.name} was trained without adapters", todo)
+    assert isinstance(job.model, ModelConfig)
     state = {name: checkpoint.tensor(name) for name in checkpoint.shapes if is_adapter(name)}
     kind = family_of(job.model)
     settings, weights = adapters_to_hf(kind, job.model, state, job.lora.rank, job.lora.alpha)

@@ -84,7 +84,8 @@ def expect_decoder(view: RunView) -> None:
     """Raise UserError unless the model is forescale's own, a decoder alone."""
     config = view.config
     if not isinstance(config.model, ModelConfig):
-        problem = "its model is a class of your own, whose parts are not known here"
+        problem = "its model is a class of your own or of transformers, "
+        problem += "whose parts are not known here"
         raise UserError(view.name, problem, "inspect a run of a built-in model: model=tiny")
     if not config.continues_text or config.model.has_encoder or not config.model.causal:
         problem = f"was trained with objective={config.objective.kind}, and is no decoder alone"

@@ -16,6 +16,7 @@ from typing import Any, cast
 from forescale.config.hardware import check_fp16
 from forescale.config.schema import Problem
 from forescale.config.sizes import in_words
+from forescale.config.target import is_any_class
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.corpus import VOCABULARY, PythonSource, embedded_path
 from forescale.engine.deepspeed_check import problems_apart
@@ -83,8 +84,9 @@ class Plan:
             self.per_token = token_flops(self.job.model, job.lora, length, six_n, ranks)
         else:
             self.trained, self.per_token = _class_of_user(self.job, self.vocab_size)
+            whose = "transformers" if is_any_class(job.model) else "your own"
             self.notes.append(
-                "The model is a class of your own: the memory of its activations is not known and "
+                f"The model is a class of {whose}: the memory of its activations is not known and "
                 "not included."
             )
         longest = getattr(job.model, "max_sequence_length", None)

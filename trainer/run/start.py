@@ -9,6 +9,7 @@ corrected command replaces the config. Imports no torch, so that a refusal comes
 
 import hashlib
 import itertools
+import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,13 +21,15 @@ from typing import Any
 from forescale.config.frozen import Change, diff, frozen_file, may_resume, thaw
 from forescale.config.hardware import exactness
 from forescale.config.layers import LENGTHS
-from forescale.config.schema import leaves, plain
+from forescale.config.schema import TargetConfig, leaves, plain
 from forescale.config.sections.data import ONLY, CorpusConfig, DataConfig
+from forescale.config.target import is_any_class
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.corpus import VOCABULARY, prepare_embedded
 from forescale.ground.console import progress_display
 from forescale.ground.errors import UserError
+from forescale.ground.foreign import read_object
 from forescale.ground.storage import write_checked_json, write_file
 from forescale.models.config import ModelConfig
 from forescale.run.abilities import questions_of_job
@@ -241,9 +244,32 @@ def settle(job: TrainJob, sources: Sources) -> TrainJob:
     # Those of whole rows are their numbers, unknown before their tables (run/feed.py).
     if sources.is_mixture and not job.data.weights and not job.objective.whole:
         job = replace(job, data=replace(job.data, weights=sources.default_weights()))
+    if is_any_class(job.model):
+        return replace(job, model=_with_config(job.model))
     if not isinstance(job.model, ModelConfig):
         return job
     return replace(job, model=resolved_model(job, sources.vocab_size))
+
+
+def _with_config(model: Any) -> TargetConfig:
+    """Return the model of model=transformers with the content of its directory's config.json, which
+    a resume or an export on another machine then doesn't need. weights: whether the run begins with
+    weights of the directory. Raises UserError if there is no such directory."""
+    arguments = model.arguments
+    if "config" in arguments:
+        return TargetConfig(model.target, arguments)
+    if not arguments.get("name"):
+        problem, todo = "names no model", "give a directory with a config.json of transformers"
+        raise UserError("model.name", problem, todo)
+    folder = Path(str(arguments["name"])).expanduser().resolve()
+    config = read_object(folder / "config.json", todo="give a directory with one in model.name")
+    weights = any(folder.glob("*.safetensors"))
+    if not weights and any(folder.glob("*.bin")):
+        problem = "holds weights as pickles (*.bin) alone, and reading these could run code"
+        todo = "save them with save_pretrained of transformers, or take them out"
+        raise UserError(str(folder), problem, todo)
+    files = {"config": json.dumps(config, sort_keys=True), "weights": weights}
+    return TargetConfig(model.target, {**arguments, "name": str(folder), **files})
 
 
 def _check_resume(job: TrainJob, run: Run) -> None:

@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forescale.config.target import make
+from forescale.config.target import is_any_class, make
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
 from forescale.models.adapters import is_adapter, is_target, stored_name
@@ -79,7 +79,11 @@ def build_model(
             model = Transformer(job.model, divide, stage)
             return divide(model) if divide else model
     sizes = {"vocab_size": vocabulary_of(job, vocab_size)}
-    own_model = make("model", job.model, **sizes, sequence_length=job.train.sequence_length)
+    sizes |= {"sequence_length": job.train.sequence_length}
+    if is_any_class(job.model):  # more than the protocol has
+        masked, documents = job.objective.sees_both_sides, job.data.document_mask
+        sizes |= {"draws": draws, "masked": masked, "documents": documents}
+    own_model = make("model", job.model, **sizes)
     if not isinstance(own_model, nn.Module):
         where = f"model._target_={job.model.target}"
         raise UserError(where, f"is a {type(own_model).__name__}", "name a torch.nn.Module")

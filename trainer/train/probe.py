@@ -24,7 +24,7 @@ from typing import Any
 from forescale.config.frozen import freeze, thaw
 from forescale.config.schema import TargetConfig
 from forescale.config.sections.optimizer import OwnOptimizerConfig
-from forescale.config.target import import_target, targets
+from forescale.config.target import import_target, is_any_class, targets
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
 from forescale.ground.errors import UserError
@@ -51,7 +51,7 @@ def examine_apart(job: TrainJob, sources: Sources) -> None:
     """Do the same, with the user's classes in a process of its own. If that process dies otherwise,
     the ranks decide."""
     job.logging.check_trackers()
-    if not targets(job):
+    if not (targets(job) or is_any_class(job.model)):
         return
     received, sent = os.pipe()
     try:

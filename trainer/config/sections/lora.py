@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from forescale.config.job import ProblemIterator
 from forescale.config.schema import key
+from forescale.config.target import is_any_class
 from forescale.models.adapters import (
     candidates,
     flops_6n_with_adapters,
@@ -88,7 +89,13 @@ def problems(job: "TrainJob") -> ProblemIterator:
         yield "lora.rank", problem, "write forescale finetune FROM, or run.from.run=NAME"
     if not isinstance(model, ModelConfig):
         problem = "adapters are for our models, and this is a class of your own"
-        yield "lora.rank", problem, "make them in your class"
+        todo = "make them in your class"
+        if is_any_class(model):
+            problem, todo = (
+                "adapters are for our models, and this is a class of transformers",
+                ("leave it out, or import the model where its family is one of ours"),
+            )
+        yield "lora.rank", problem, todo
         return
     for name in ("tensor_parallel", "expert_parallel"):
         if (ranks := getattr(job.engine, name)) > 1:

@@ -1,0 +1,295 @@
+"""Any class of the library transformers as a model: it has the interface that our Transformer has.
+
+Invariant: nothing but the library's own code runs, and no network is asked: no code of a hub, no
+pickle, no kernel that a config names. The class alone decides what its logits are; here they become
+losses of windows.
+
+Ids: the input embedding of the class has no padding id, as a token of any id may be text.
+"""
+
+import importlib
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from forescale.models.positions.position import document_starts, positions_of
+
+IGNORED = -100
+_WAYS = ("positions", "masks")  # how documents stay apart: by positions alone, or a mask too
+_PASTS = ("cache", "past_key_values")  # the argument that takes the cache, by version
+# What a config may say of the machine, or of code and kernels elsewhere.
+_UNREAD = {"auto_map", "dtype", "torch_dtype", "quantization_config", "attn_implementation"}
+_UNREAD |= {"experts_implementation", "use_kernels", "kernel_config"}  # and all that begin with _
+_TOLERANCE = 2e-4  # of logits that should be equal, as a part of their standard deviation
+
+
+class Past:
+    """The cache of the class itself, in the place of decoding.cache.Cache. Some keep none for a
+    caller: then all tokens are read again."""
+
+    source = real = None
+
+    def __init__(self) -> None:
+        self.tokens_BS: Tensor | None = None
+        self.states: Any = None
+
+    def reserve(self, columns: int) -> None:
+        """The class makes its room itself."""
+
+
+class AnyModel(nn.Module):
+    """The class of transformers that the text of a config.json names.
+
+    name: the directory of the model, with its weights if `weights`; they are read only if `draws`.
+    vocab_size: the least number of ids. masked: of masked tokens, else of the next one. documents:
+    windows hold documents that must not see each other.
+
+    Raises ValueError, "problem; what to do", for a class that isn't one of the library's, can't be
+    built, or doesn't do that.
+    """
+
+    def __init__(
+        self,
+        config: str,
+        name: str = "",
+        weights: bool = False,
+        activation_checkpointing: Literal["none", "full"] = "none",
+        *,
+        vocab_size: int,
+        sequence_length: int,
+        draws: bool = True,
+        masked: bool = False,
+        documents: bool = False,
+    ):
+        super().__init__()
+        self.masked = masked
+        known = _config(json.loads(config), masked)
+        text = known.get_text_config()
+        longest = getattr(text, "max_position_embeddings", None)
+        if longest and sequence_length > longest:
+            problem = f"reads {longest:,} tokens, and train.sequence_length is {sequence_length:,}"
+            raise ValueError(f"{problem}; give a shorter one")
+        reads = weights and draws and not torch.empty(0).is_meta
+        more = text.vocab_size < vocab_size
+        if more and not reads:
+            text.vocab_size = vocab_size
+        self.inner = _built(_auto(masked), known, name if reads else None)
+        if more and reads:
+            self.inner.resize_token_embeddings(vocab_size)
+        table = self.inner.get_input_embeddings()
+        if isinstance(table, nn.Embedding):
+            table.padding_idx = None
+        if activation_checkpointing == "full":
+            self.inner.gradient_checkpointing_enable({"use_reentrant": False})
+        self.takes = {*inspect.signature(self.inner.forward).parameters}
+        balance = getattr(text, "router_aux_loss_coef", 0.0)
+        self.balance = balance if getattr(text, "output_router_logits", False) else 0.0
+        self.way = self._way() if documents else None
+
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        targets_BL: Tensor | None = None,
+        padding_mask_BL: Tensor | None = None,
+        documents_BL: Tensor | None = None,
+        cache: Past | None = None,
+        last: int | None = None,
+    ) -> Any:
+        """Return logits, of the `last` tokens if that is given, or the loss of each window in nats
+        with a penalty of unbalanced experts, if config.json turns it on (output_router_logits).
+        Arguments as of models.Transformer; a cache is a Past."""
+        options: dict[str, Any] = {"use_cache": False} if "use_cache" in self.takes else {}
+        if padding_mask_BL is not None:
+            options["attention_mask"] = padding_mask_BL.long()
+        if documents_BL is not None:
+            options |= self._apart(documents_BL)
+        if last is not None and "logits_to_keep" in self.takes:
+            options["logits_to_keep"] = last
+        if cache is not None:
+            return self._continued(tokens_BL, cache, options)
+        if targets_BL is None:
+            logits_BLV: Tensor = self.inner(input_ids=tokens_BL, **options).logits
+            return logits_BLV
+        balances = self.balance and self.training
+        if balances:
+            options["output_router_logits"] = True
+        output = self.inner(input_ids=tokens_BL, **options)
+        # Of rows: of a matrix for each window, the kernel on a GPU has no fixed order.
+        rows, targets = output.logits.float().flatten(0, 1), targets_BL.flatten()
+        nats = F.cross_entropy(rows, targets, ignore_index=IGNORED, reduction="none")
+        losses_B = nats.view_as(targets_BL).sum(1)
+        if not balances:
+            return losses_B
+        return losses_B, self.balance * output.aux_loss * (targets_BL != IGNORED).sum()
+
+    def new_cache(self) -> Past:
+        """Return an empty cache, for one batch of rows."""
+        return Past()
+
+    def muon_parameters(self) -> set[str]:
+        """Return the names of the hidden matrices: linear layers, but for the head."""
+        head = getattr(self.inner.get_output_embeddings(), "weight", None)
+        every = dict(self.named_parameters())
+        return {
+            f"{name}.weight"
+            for name, module in self.named_modules()
+            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+            if f"{name}.weight" in every and every[f"{name}.weight"] is not head
+        }
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As of any module, but the frequencies of rotations stay in fp32: rounded to bf16 they
+        would turn distant tokens by other angles."""
+        exact = {n: b for n, b in self.named_buffers() if "inv_freq" in n}
+        result = super()._apply(fn, recurse)
+        for name, old in exact.items():
+            path, _, key = name.rpartition(".")
+            module = self.get_submodule(path)
+            module._buffers[key] = old.to(module._buffers[key].device)  # type: ignore[union-attr]
+        return result
+
+    def _continued(self, tokens_BL: Tensor, past: Past, options: dict[str, Any]) -> Tensor:
+        """Return the logits of tokens that follow those of a past, which then holds them too."""
+        earlier = past.tokens_BS
+        past.tokens_BS = tokens_BL if earlier is None else torch.cat((earlier, tokens_BL), 1)
+        argument = next((name for name in _PASTS if name in self.takes), None)
+        if argument is None:
+            logits_BLV: Tensor = self.inner(input_ids=past.tokens_BS, **options).logits
+            return logits_BLV
+        options["use_cache"] = True
+        if past.states is not None:
+            options[argument] = past.states
+        unread = past.tokens_BS if past.states is None else tokens_BL
+        output = self.inner(input_ids=unread, **options)
+        past.states = getattr(output, argument, None)
+        logits_BLV = output.logits
+        return logits_BLV
+
+    def _apart(self, documents_BL: Tensor, way: str | None = None) -> dict[str, Any]:
+        """Return the arguments that keep documents apart."""
+        starts, length = document_starts(documents_BL), documents_BL.shape[1]
+        positions = positions_of(length, documents_BL.device, None, starts)
+        options: dict[str, Any] = {"position_ids": positions.expand_as(documents_BL)}
+        if (way or self.way) == "masks":
+            seen = documents_BL[:, None, :, None] == documents_BL[:, None, None]
+            seen = seen if self.masked else seen.tril()
+            dtype = next(self.parameters()).dtype
+            hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            options["attention_mask"] = hidden.masked_fill(~seen, torch.finfo(dtype).min)
+        return options
+
+    @torch.no_grad()
+    def _way(self) -> str:
+        """Return how the class keeps documents apart. Tried, as few classes say it: a row of two
+        must have the logits of each alone. A window of attention is lost in a mask, so such a class
+        must do it by positions."""
+        problem = f"{type(self.inner).__name__} keeps no documents of a window apart"
+        refused = ValueError(f"{problem}; leave data.document_mask out")
+        if "position_ids" not in self.takes:
+            raise refused
+        first = next(self.parameters())
+        if first.is_meta:
+            return _WAYS[0]
+        self.eval()
+        row_1L = (torch.arange(9, device=first.device) * 7 + 3)[None] % 64
+        documents_1L = (row_1L[0].cumsum(0) * 0 + torch.arange(9) // 5)[None]
+        whole = torch.cat([self(row_1L[:, :5]), self(row_1L[:, 5:])], 1)
+        has_window = getattr(self.inner.config.get_text_config(), "sliding_window", None)
+        for way in _WAYS[:1] if has_window else _WAYS:
+            logits = self.inner(input_ids=row_1L, **self._apart(documents_1L, way)).logits
+            if (logits - whole).abs().max() < _TOLERANCE * whole.std():
+                self.train()
+                return way
+        raise refused
+
+
+def _transformers() -> Any:
+    os.environ["USE_HUB_KERNELS"] = "NO"  # read when the library is imported
+    try:
+        return importlib.import_module("transformers")
+    except ImportError:
+        problem = "needs the package transformers, which is not installed"
+        raise ValueError(f"{problem}; pip install 'forescale[transformers]'") from None
+
+
+def _auto(masked: bool) -> Any:
+    library = _transformers()
+    return library.AutoModelForMaskedLM if masked else library.AutoModelForCausalLM
+
+
+def class_name(config: str, masked: bool) -> str:
+    """Return the name of the class of a config.json's text."""
+    library, known = _transformers(), _config(json.loads(config), masked)
+    names = "MODEL_FOR_MASKED_LM_MAPPING" if masked else "MODEL_FOR_CAUSAL_LM_MAPPING"
+    name: str = getattr(library, names)[type(known)].__name__
+    return name
+
+
+def _readable(values: Any) -> Any:
+    """Return the values of a config without those that name code, kernels or number formats."""
+    if isinstance(values, list):
+        return [_readable(value) for value in values]
+    if not isinstance(values, dict):
+        return values
+    unread = lambda key: key in _UNREAD or key.startswith("_")  # noqa: E731
+    return {key: _readable(value) for key, value in values.items() if not unread(key)}
+
+
+def _config(values: dict[str, Any], masked: bool) -> Any:
+    """Return the library's config object. Raises ValueError if it knows no such class."""
+    library, kind = _transformers(), values.get("model_type")
+    if kind not in library.CONFIG_MAPPING:
+        problem = f"has model_type {kind!r}, which transformers {library.__version__} doesn't know"
+        if "auto_map" in values:
+            problem += ", and code that comes with a model is never run"
+        raise ValueError(f"{problem}; name another model")
+    try:
+        config = library.CONFIG_MAPPING[kind].from_dict(_readable(values))
+    except Exception as e:
+        raise ValueError(_refusal(e)) from e
+    if getattr(config, "is_encoder_decoder", False):
+        problem = f"{kind} has an encoder and a decoder"
+        raise ValueError(f"{problem}; name a model with one of them, or write model=t5-small")
+    causal = type(config) in library.MODEL_FOR_CAUSAL_LM_MAPPING
+    both = type(config) in library.MODEL_FOR_MASKED_LM_MAPPING
+    if masked and not both:
+        raise ValueError(f"{kind} has no class for masked tokens; leave objective=masked out")
+    if not masked and (not causal or (both and not getattr(config, "is_decoder", False))):
+        doing = "sees later tokens" if both else "continues no text"
+        raise ValueError(f"{kind} {doing}; write objective=masked, or name another model")
+    return config
+
+
+def _built(auto: Any, config: Any, folder: str | None) -> Any:
+    """Return the module, with the weights in `folder`, else with random ones."""
+    if folder is not None and not Path(folder).is_dir():
+        problem = "is not there, and the run begins with its weights"
+        raise ValueError(f"{problem}; copy the directory to this machine")
+    if folder is None:
+        try:
+            return auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        except (ValueError, TypeError, KeyError, AttributeError, ImportError, AssertionError) as e:
+            raise ValueError(_refusal(e)) from e
+    options: dict[str, Any] = dict(
+        local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+    options |= dict(config=config, dtype=torch.float32, output_loading_info=True)
+    try:
+        module, info = auto.from_pretrained(folder, **options)
+    except Exception as e:
+        raise ValueError(_refusal(e)) from e
+    if missing := sorted(info["missing_keys"]):
+        problem = f"its files lack {len(missing):,} weights of the class, such as {missing[0]}"
+        raise ValueError(f"{problem}; download it again")
+    return module
+
+
+def _refusal(error: Exception) -> str:
+    line = next(iter(str(error).strip().splitlines()), "")[:200].rstrip(".").replace(";", ",")
+    return f"transformers can't build it ({type(error).__name__}: {line}); correct its config.json"
