@@ -90,7 +90,9 @@ class AnyModel(nn.Module):
         self.takes = {*inspect.signature(self.inner.forward).parameters}
         balance = getattr(text, "router_aux_loss_coef", 0.0)
         self.balance = balance if getattr(text, "output_router_logits", False) else 0.0
-        self.way = self._way() if documents else None
+        self.way = ""
+        if documents:
+            self._choose_way()
 
     def forward(
         self,
@@ -171,12 +173,12 @@ class AnyModel(nn.Module):
         logits_BLV = output.logits
         return logits_BLV
 
-    def _apart(self, documents_BL: Tensor, way: str | None = None) -> dict[str, Any]:
+    def _apart(self, documents_BL: Tensor) -> dict[str, Any]:
         """Return the arguments that keep documents apart."""
         starts, length = document_starts(documents_BL), documents_BL.shape[1]
         positions = positions_of(length, documents_BL.device, None, starts)
         options: dict[str, Any] = {"position_ids": positions.expand_as(documents_BL)}
-        if (way or self.way) == "masks":
+        if self.way == "masks":
             seen = documents_BL[:, None, :, None] == documents_BL[:, None, None]
             seen = seen if self.masked else seen.tril()
             dtype = next(self.parameters()).dtype
@@ -185,27 +187,27 @@ class AnyModel(nn.Module):
         return options
 
     @torch.no_grad()
-    def _way(self) -> str:
-        """Return how the class keeps documents apart. Tried, as few classes say it: a row of two
-        must have the logits of each alone. A window of attention is lost in a mask, so such a class
+    def _choose_way(self) -> None:
+        """Choose how documents are kept apart. It is tried, as no class says it: a row of two must
+        have the logits of each alone. A mask replaces a window of attention, so a class with one
         must do it by positions."""
         problem = f"{type(self.inner).__name__} keeps no documents of a window apart"
         refused = ValueError(f"{problem}; leave data.document_mask out")
         if "position_ids" not in self.takes:
             raise refused
-        first = next(self.parameters())
-        if first.is_meta:
-            return _WAYS[0]
+        self.way = _WAYS[0]
+        if next(self.parameters()).is_meta:
+            return
         self.eval()
-        row_1L = (torch.arange(9, device=first.device) * 7 + 3)[None] % 64
-        documents_1L = (row_1L[0].cumsum(0) * 0 + torch.arange(9) // 5)[None]
+        columns_1L = torch.arange(9)[None]
+        row_1L, documents_1L = columns_1L * 7 + 3, columns_1L // 5
         whole = torch.cat([self(row_1L[:, :5]), self(row_1L[:, 5:])], 1)
         has_window = getattr(self.inner.config.get_text_config(), "sliding_window", None)
-        for way in _WAYS[:1] if has_window else _WAYS:
-            logits = self.inner(input_ids=row_1L, **self._apart(documents_1L, way)).logits
+        for self.way in _WAYS[:1] if has_window else _WAYS:
+            logits = self(row_1L, documents_BL=documents_1L)
             if (logits - whole).abs().max() < _TOLERANCE * whole.std():
                 self.train()
-                return way
+                return
         raise refused
 
 
@@ -276,12 +278,10 @@ def _built(auto: Any, config: Any, folder: str | None) -> Any:
             return auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
         except (ValueError, TypeError, KeyError, AttributeError, ImportError, AssertionError) as e:
             raise ValueError(_refusal(e)) from e
-    options: dict[str, Any] = dict(
-        local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
-    options |= dict(config=config, dtype=torch.float32, output_loading_info=True)
+    options: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
+    options |= dict(config=config, dtype=torch.float32, use_safetensors=True)
     try:
-        module, info = auto.from_pretrained(folder, **options)
+        module, info = auto.from_pretrained(folder, output_loading_info=True, **options)
     except Exception as e:
         raise ValueError(_refusal(e)) from e
     if missing := sorted(info["missing_keys"]):

@@ -17,7 +17,8 @@ from typing import Any
 from forescale.checkpoint.writer import Fragment, unread_weight, write_weights
 from forescale.config.compose import compose
 from forescale.config.frozen import frozen_file
-from forescale.config.schema import plain
+from forescale.config.schema import TargetConfig, plain
+from forescale.config.target import ANY_CLASS
 from forescale.config.train import TrainJob
 from forescale.config.tree import build
 from forescale.data.tokenizer import (
@@ -35,10 +36,24 @@ from forescale.inference.hf_directory import HfDirectory
 from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
 from forescale.models.hf import FAMILIES
+from forescale.models.hf.any_class import AnyModel
 from forescale.models.hf.pieces import config_of, pieces_of
 from forescale.run.directory import GGUF, Run, expect_free, new_run
 from forescale.run.identity import code_and_id
-from forescale.run.start import versions
+from forescale.run.start import versions, with_config
+
+_LONGEST = 1 << 15  # tokens, of a class without positions; any number would do
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A model as a run holds it: its config, weights and class; its ids and longest sequence."""
+
+    model: ModelConfig | TargetConfig
+    parts: list[Fragment]
+    architecture: str
+    vocab_size: int
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,6 @@ class Imported:
 
     run: Run
     architecture: str
-    model: ModelConfig
     parameters: int
     bytes: int
 
@@ -68,19 +82,12 @@ def import_hf(
     """
     expect_free(run)
     directory = _opened(source)
-    try:
-        model = config_of(directory.config)
-        for key, wrong, _ in build(ModelConfig, plain(model), "model.")[2]:  # as `train` does
-            raise ValueError(f"it gives {key}, which {wrong}.")
-    except ValueError as e:
-        where, problem = str(directory.config_path), str(e).rstrip(".")
-        raise UserError(where, problem, "import another model; nothing was written") from None
-    parts = list(_parts(directory, model))
-    vocabulary = _vocabulary(directory, model, tokenizer, end_of_text)
-    job = _job(run, model)
-    architecture = FAMILIES[directory.config["model_type"]].architecture
+    carried = _carried(directory)
+    parts, architecture = carried.parts, carried.architecture
+    vocabulary = _vocabulary(directory, carried.vocab_size, tokenizer, end_of_text)
+    job = _job(run, carried)
     numbers, size = sum(p.data.numel() for p in parts), sum(p.data.nbytes for p in parts)
-    result = Imported(run, architecture, model, numbers, size)
+    result = Imported(run, architecture, numbers, size)
     meter = Meter(progress, "import weights", size, "bytes")
     with new_run(run, job.run.mode) as new:
         write_weights(new, parts, lambda size: meter(size, 0))
@@ -127,6 +134,52 @@ def _opened(source: Path) -> HfDirectory | GgufFile:
     return GgufFile(source) if source.suffix == GGUF else HfDirectory(source)
 
 
+def _carried(directory: HfDirectory | GgufFile) -> Carried:
+    """Return the model as one of ours, or as a class of transformers if its family is none of ours.
+    Raises UserError if it is neither."""
+    family = directory.config.get("model_type")
+    try:
+        model = config_of(directory.config)
+        for key, wrong, _ in build(ModelConfig, plain(model), "model.")[2]:  # as `train` does
+            raise ValueError(f"it gives {key}, which {wrong}.")
+    except ValueError as e:
+        where, problem = str(directory.config_path), str(e).rstrip(".")
+        todo = "import another model; nothing was written"
+        if isinstance(family, str) and isinstance(directory, HfDirectory):
+            if family not in FAMILIES:
+                return _class_of(directory, problem)
+            todo = f"train it as a class of transformers: model=transformers model.name={where}"
+            todo = f"{todo.removesuffix('/config.json')}; nothing was written"
+        raise UserError(where, problem, todo) from None
+    parts, sizes = list(_parts(directory, model)), model.sizes
+    architecture = FAMILIES[directory.config["model_type"]].architecture
+    return Carried(model, parts, architecture, sizes.vocab_size, sizes.max_sequence_length)
+
+
+def _class_of(directory: HfDirectory, problem: str) -> Carried:
+    """Return the model as its class of transformers. problem: why it is none of ours."""
+    _ = directory.tensors  # whole files, and no pickles
+    model = with_config(TargetConfig(ANY_CLASS, {"name": str(directory.path)}))
+    try:
+        module = AnyModel(**model.arguments, vocab_size=0, sequence_length=0)
+    except ValueError as e:
+        reason = str(e).partition("; ")[0]
+        problem, todo = f"{problem}; as a class of transformers: {reason}", "import another model"
+        raise UserError(
+            str(directory.config_path), problem, f"{todo}; nothing was written"
+        ) from None
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+    stored = module.state_dict()
+    weights |= {name: b for name, b in module.named_buffers() if name in stored}
+    parts = [
+        unread_weight(n, w.shape, 0, w.to("meta"), lambda w=w: w)  # type: ignore[misc]
+        for n, w in weights.items()
+    ]
+    text = module.inner.config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None) or _LONGEST
+    return Carried(model, parts, type(module.inner).__name__, text.vocab_size, longest)
+
+
 def _parts(directory: HfDirectory | GgufFile, model: ModelConfig) -> Iterator[Fragment]:
     """Yield the weights, each read when it is written. Raises UserError if the files hold others
     than the model has."""
@@ -143,10 +196,10 @@ def _parts(directory: HfDirectory | GgufFile, model: ModelConfig) -> Iterator[Fr
 
 
 def _vocabulary(
-    directory: HfDirectory | GgufFile, model: ModelConfig, tokenizer: str | None, end: str | None
+    directory: HfDirectory | GgufFile, most: int, tokenizer: str | None, end: str | None
 ) -> Vocabulary:
     """Return the model's tokenizer. Raises UserError if there is none, or if it has more tokens
-    than the model."""
+    than the model, which has `most`."""
     where, files = tokenizer or str(directory.path), directory.small_files
     raw = given_tokenizer(tokenizer) if tokenizer else directory.tokenizer
     if tokenizer is None and raw is None:
@@ -157,10 +210,8 @@ def _vocabulary(
         raise UserError("tokenizer", f"{where} names no file", "give a tokenizer.json")
     files = (declaring_files(where) if tokenizer else {}) or files
     vocabulary = vocabulary_of(raw, where, end, files)
-    if vocabulary.size > model.sizes.vocab_size:
-        problem = (
-            f"its tokenizer has {vocabulary.size:,} tokens, the model {model.sizes.vocab_size:,}"
-        )
+    if vocabulary.size > most:
+        problem = f"its tokenizer has {vocabulary.size:,} tokens, the model {most:,}"
         raise UserError(where, problem, "give the model's own with tokenizer=FILE")
     return vocabulary
 
@@ -176,7 +227,7 @@ def _small_files(directory: HfDirectory | GgufFile, vocabulary: Vocabulary) -> d
     return files
 
 
-def _job(run: Run, model: ModelConfig) -> TrainJob:
+def _job(run: Run, carried: Carried) -> TrainJob:
     """Return the job to freeze: the model, and defaults that nothing reads."""
     words = [f"run.name={run.name}", f"run.root={run.path.parent}", "schedule=constant"]
     words += [
@@ -186,5 +237,5 @@ def _job(run: Run, model: ModelConfig) -> TrainJob:
         "train.micro_batch=1",
     ]
     job = compose(TrainJob, words)
-    length = model.sizes.max_sequence_length
-    return replace(job, model=model, train=replace(job.train, sequence_length=length))
+    train = replace(job.train, sequence_length=carried.longest)
+    return replace(job, model=carried.model, train=train)

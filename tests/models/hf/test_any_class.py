@@ -1,0 +1,142 @@
+"""Any class of transformers as a model: the class itself is the oracle."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from forescale.models.decoding.batch import generate
+from forescale.models.decoding.sampler import Sampler
+from forescale.models.hf.any_class import AnyModel
+from tests.models.hf.kinds import KINDS, config_of, save_model
+
+transformers = pytest.importorskip("transformers")
+
+DECODERS = [kind for kind in KINDS if kind != "bert"]
+# The others have ALiBi, a recurrence, or a window without documents.
+APART = ["mistral", "phi", "falcon", "gpt_neox", "gptj", "opt", "gemma2", "olmoe", "deepseek_v3"]
+LENGTH = 24
+
+
+def any_model(kind, seed=0, vocab_size=300, **options):
+    text = json.dumps(config_of(kind).to_dict())
+    torch.manual_seed(seed)
+    masked = options.pop("masked", kind == "bert")
+    sizes = dict(vocab_size=vocab_size, sequence_length=LENGTH, masked=masked)
+    return AnyModel(text, **sizes, **options)
+
+
+def tokens_of(rows=2, length=LENGTH, seed=0):
+    return torch.randint(0, 300, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_losses_are_of_the_logits_of_the_class_and_its_gradients_reach_all(kind):
+    model, tokens = any_model(kind), tokens_of()
+    tokens[0, 3] = 1  # their id for padding, which is text here
+    targets = tokens.roll(-1, 1)
+    targets[:, -5:] = -100
+    logits = model.eval().inner(input_ids=tokens).logits
+    expected = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(1)
+    assert (model(tokens, targets) - expected).abs().max() < 1e-5 * expected.max()
+    output = model.train()(tokens, targets)
+    losses, penalty = output if isinstance(output, tuple) else (output, 0.0)
+    assert (float(penalty) > 0) == (kind == "olmoe")
+    (losses.sum() + penalty).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    assert model.inner.get_input_embeddings().weight.grad[1].any()
+    muon = model.muon_parameters()
+    assert muon
+    assert not any("embed" in name or "lm_head" in name for name in muon)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_it_writes_as_the_class_does_with_its_cache(kind):
+    model, prompt = any_model(kind).eval(), tokens_of(rows=1, length=7)
+    written = generate(model, prompt, 12, Sampler(temperature=0.0))
+    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, use_cache=False)
+    assert torch.equal(written, model.inner.generate(prompt, **options))
+    beyond = generate(model, prompt, 20, Sampler(temperature=0.0), max_context=10)
+    assert torch.equal(beyond[:, :10], written[:, :10])
+    assert beyond.shape == (1, 27)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_documents_are_kept_apart_or_refused(kind):
+    if kind not in APART:
+        with pytest.raises(ValueError, match="keeps no documents of a window apart"):
+            any_model(kind, documents=True)
+        return
+    model, tokens = any_model(kind, documents=True).eval(), tokens_of()
+    documents = torch.arange(LENGTH)[None].expand(2, -1) // 10
+    with torch.no_grad():
+        logits = model(tokens, documents_BL=documents)
+        parts = torch.cat([model(part) for part in tokens.split(10, 1)], 1)
+        whole = model(tokens)
+    assert (logits - parts).abs().max() < 1e-4
+    assert (logits - whole).abs().max() > 1e-2
+
+
+def test_an_encoder_of_masked_tokens_sees_both_sides_but_no_padding_and_no_other_document():
+    model, tokens = any_model("bert", documents=True).eval(), tokens_of()
+    real = torch.arange(LENGTH)[None].expand(2, -1) < 18
+    with torch.no_grad():
+        short, padded = model(tokens[:, :18]), model(tokens, padding_mask_BL=real)
+        documents = (torch.arange(LENGTH)[None] // 18).expand(2, -1)
+        apart, changed = model(tokens, documents_BL=documents), model(tokens.roll(1, 0))
+    assert (padded[:, :18] - short).abs().max() < 1e-4
+    assert (apart[:, :18] - short).abs().max() < 1e-4
+    assert (changed[0, 0] - model(tokens)[0, 0]).abs().max() > 1e-2
+
+
+def test_weights_of_a_directory_are_read_and_more_ids_are_added(tmp_path):
+    saved, tokens = save_model("gemma2", tmp_path), tokens_of()
+    options = dict(name=str(tmp_path), weights=True)
+    with torch.no_grad():
+        expected = saved(tokens).logits
+        assert torch.equal(any_model("gemma2", **options).eval()(tokens), expected)
+        larger = any_model("gemma2", vocab_size=301, **options).eval()(tokens)
+        assert larger.shape[2] == 301
+        assert (larger[..., :300] - expected).abs().max() < 1e-5
+        assert not torch.equal(any_model("gemma2", **options, draws=False)(tokens), expected)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="can't build it"):
+        any_model("gemma2", **options)
+
+
+def test_its_rotations_stay_exact_in_bf16():
+    model = any_model("mistral")
+    exact = model.inner.model.rotary_emb.inv_freq.clone()
+    assert torch.equal(model.bfloat16().inner.model.rotary_emb.inv_freq, exact)
+    assert model.inner.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_what_names_code_or_kernels_elsewhere_is_not_read():
+    values = config_of("mistral").to_dict()
+    values |= dict(_attn_implementation="kernels-community/x", quantization_config={"bits": 4})
+    values |= dict(auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    inner = AnyModel(json.dumps(values), vocab_size=300, sequence_length=8).inner
+    assert type(inner) is transformers.MistralForCausalLM
+    assert inner.config._attn_implementation == "sdpa"
+    assert not hasattr(inner.config, "quantization_config")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "mine", "auto_map": {"AutoConfig": "x.Y"}}, "doesn't know, and code that"),
+        ({"model_type": "t5"}, "an encoder and a decoder"),
+        ({"model_type": "bert"}, "sees later tokens; write objective=masked"),
+        ({"model_type": "vit"}, "continues no text"),
+        ({"model_type": "mistral", "masked": True}, "no class for masked tokens"),
+        ({"model_type": "mistral", "hidden_size": "x"}, "transformers can't build it"),
+        ({"model_type": "mistral", "max_position_embeddings": 7}, "reads 7 tokens, and train"),
+    ],
+)
+def test_other_classes_are_refused_in_a_sentence(values, message):
+    masked = bool(values.pop("masked", False))
+    with pytest.raises(ValueError, match=message) as caught:
+        AnyModel(json.dumps(values), vocab_size=300, sequence_length=8, masked=masked)
+    assert "; " in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,128 @@
+"""Every verb on a run of model=transformers. (The classes: models/hf; training: distributed.)"""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from forescale import open_run
+from forescale.config.compose import compose
+from forescale.ground.errors import UserError
+from forescale.run.start import start
+from forescale.verbs.plan import Plan, PlanJob
+from tests.models.hf.kinds import save_config, save_model
+from tests.questions import rows, write_rows
+from tests.trainer.small_run import make_job, make_run
+
+transformers = pytest.importorskip("transformers")
+
+
+def model_of(folder):
+    return "model=transformers", f"model.name={folder}"
+
+
+@pytest.fixture(scope="module")
+def gemma(small_data, tmp_path_factory):
+    """A run of a class, whose directory is gone."""
+    folder = tmp_path_factory.mktemp("gemma")
+    run = make_run(small_data, folder, "gemma", *model_of(save_config("gemma2", folder / "config")))
+    shutil.rmtree(folder / "config")
+    return run
+
+
+def test_an_export_computes_the_same(gemma, tmp_path, forescale):
+    assert "as Gemma2ForCausalLM" in forescale.prints("export", gemma.path, f"to={tmp_path / 'hf'}")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    tokens = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(open_run(gemma.path).model()(tokens), model(tokens).logits)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    end = open_run(gemma.path).identity["dataset"]["end_of_text"]
+    assert tokenizer.eos_token_id == model.config.eos_token_id == end
+    assert forescale("export", gemma.path, f"to={tmp_path / 'bf'}", "dtype=bf16")[0] == 0
+    rounded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bf", dtype="auto")
+    assert rounded.dtype == torch.bfloat16
+
+
+def test_it_writes_and_is_scored(gemma, forescale):
+    words = ("generate", gemma.path, "prompt=def ", "num_tokens=9", "temperature=0")
+    alone = forescale.prints(*words)
+    texts = open_run(gemma.path).generate(["def ", "for name in", "x"], num_tokens=9, temperature=0)
+    assert texts[0] in alone
+    assert "perplexity" in forescale.prints("eval", gemma.path)
+    assert "parts are not known" in forescale.refuses("inspect", gemma.path, "text=def main")
+
+
+def test_its_config_is_frozen_with_it(gemma, small_data, tmp_path, forescale):
+    assert json.loads(open_run(gemma.path).config.model.arguments["config"])["head_dim"] == 16
+    branch = (f"run.from.run={gemma.path}", "run.from.load=weights", f"data.path={small_data}")
+    branch = ("run.name=branch", f"run.root={tmp_path}", *branch, "train.sequence_length=32")
+    assert "The model is a class of transformers" in forescale.prints("plan", *branch)
+    words = (*model_of(save_config("phi", tmp_path / "phi")), "train.sequence_length=32")
+    name = (f"run.name={gemma.path.name}", f"run.root={gemma.path.parent}")
+    refused = forescale.refuses("train", *name, *words, "launch.processes=1")
+    assert "model.config" in refused
+
+
+def test_a_plan_counts_the_parameters_of_the_class(small_data, tmp_path):
+    words = (*model_of(save_config("deepseek_v3", tmp_path)), "train.sequence_length=32")
+    job = compose(PlanJob, [f"data.path={small_data}", *words, "plan.gpus=1"])
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert Plan(job).parameters == {"total": sum(p.numel() for p in model.parameters())}
+
+
+REFUSED = {
+    (): "model.name: names no model",
+    ("model.name=nowhere",): "nowhere/config.json: no such file",
+    ("model.name=.", "model.heads=4"): "unexpected keyword argument 'heads'",
+    ("model.name=.", "train.sequence_length=65"): "reads 64 tokens",
+    ("model.name=.", "objective=masked"): "no class for masked tokens",
+    (
+        "model.name=.",
+        "data.document_mask=true",
+        "train.sequence_length=32",
+    ): "keeps no documents of a window apart",
+    ("model.name=.", "lora.rank=4", "run.from.run=x"): "this is a class of transformers",
+    ("model.name=.", "engine.tensor_parallel=2", "launch.processes=2"): "is not divided",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_it_cant_do_is_said_before_a_file_is_written(
+    words, small_data, tmp_path, monkeypatch, forescale
+):
+    monkeypatch.chdir(save_config("mamba", tmp_path, max_position_embeddings=64))
+    data = ("launch.processes=1", f"data.path={small_data}", "run.name=new")
+    assert REFUSED[words] in forescale.refuses("train", "model=transformers", *data, *words)
+    assert not (tmp_path / "runs/new").exists()
+
+
+def test_weights_as_pickles_alone_are_refused(small_data, tmp_path):
+    folder = save_config("phi", tmp_path / "phi")
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match="as pickles"):
+        start(make_job(small_data, tmp_path / "runs", "a", *model_of(folder)))
+
+
+def test_a_model_without_a_family_here_is_imported_as_its_class_and_fine_tuned(
+    gemma, small_data, tmp_path, forescale
+):
+    saved = save_model("gemma2", tmp_path / "hf", vocab_size=400)
+    shutil.copy(gemma.tokenizer, tmp_path / "hf/tokenizer.json")
+    out = forescale.prints("import", "hf", tmp_path / "hf", "base", f"run.root={tmp_path}")
+    assert "Gemma2ForCausalLM" in out
+    shutil.rmtree(tmp_path / "hf")
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(open_run(tmp_path / "base").model()(tokens), saved(tokens).logits)
+    file = write_rows(tmp_path / "sums.jsonl", rows())
+    words = (f"data={file}", f"run.root={tmp_path}", f"data.cache={tmp_path}", "prepare_only=true")
+    assert forescale("finetune", tmp_path / "base", *words, "run.name=tuned")[0] == 0
+    job = open_run(tmp_path / "tuned").config
+    assert job.model == open_run(tmp_path / "base").config.model
+    assert job.objective.kind == "responses"
+    assert forescale("export", tmp_path / "base", f"to={tmp_path / 'again'}")[0] == 0
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(saved.state_dict()[n], w) for n, w in again.state_dict().items())
