@@ -183,13 +183,13 @@ def whole_and_repeated(
 
 
 def whole_and_resumed(
-    folder: Path, *command: str, step: int, cold: bool = False
+    folder: Path, *command: str, step: int, cold: bool = False, model=TINY
 ) -> tuple[list[dict], list[dict]]:
     """Return the trajectories of an undisturbed run, `whole`, and of one that is killed once it is
     past `step` and started again by the same command, `cut`, cold or not."""
-    train(folder, "run.name=whole", *command)
-    process = start(folder, "run.name=cut", *command, cold=cold)
+    train(folder, "run.name=whole", *command, model=model)
+    process = start(folder, "run.name=cut", *command, cold=cold, model=model)
     interrupt(process, folder / "cut", step, signal.SIGKILL)
-    assert "Resuming from" in train(folder, "run.name=cut", *command, cold=cold)
+    assert "Resuming from" in train(folder, "run.name=cut", *command, cold=cold, model=model)
     whole, cut = (trajectory(folder / name) for name in ("whole", "cut"))
     return whole, cut

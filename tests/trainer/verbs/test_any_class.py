@@ -83,7 +83,7 @@ REFUSED = {
         "model.name=.",
         "data.document_mask=true",
         "train.sequence_length=32",
-    ): "keeps no documents of a window apart",
+    ): "keeps no documents",
     ("model.name=.", "lora.rank=4", "run.from.run=x"): "this is a class of transformers",
     ("model.name=.", "engine.tensor_parallel=2", "launch.processes=2"): "is not divided",
 }

@@ -1,0 +1,48 @@
+"""Classes of transformers on two real ranks: each kind goes on to the bit after a kill, and leaves
+as what the library loads. The ZeRO stages are dealt to the kinds."""
+
+import pytest
+import torch
+
+from forescale import cli, open_run
+from tests import launching
+from tests.models.hf.kinds import save_config
+
+transformers = pytest.importorskip("transformers")
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+LENGTH = ("train.tokens=null", "train.steps=20", "checkpoint.every=5", "validation.every=20")
+CHOSEN = {
+    "mistral": 0,
+    "phi": 1,
+    "gpt_neox": 2,
+    "falcon": 3,
+    "bloom": 1,
+    "opt": 3,  # with dropout
+    "gemma2": 2,
+    "olmoe": 3,  # a penalty
+    "gpt_oss": 1,
+    "deepseek_v3": 3,
+    "qwen3_next": 2,
+    "mamba": 3,
+    "bert": 0,
+}
+
+
+@pytest.mark.parametrize("kind", CHOSEN)
+def test_a_class_goes_on_to_the_bit_and_leaves_as_itself(kind, dataset, tmp_path):
+    model = ("model=transformers", f"model.name={save_config(kind, tmp_path / 'config')}")
+    command = (f"data.path={dataset}", *LENGTH, f"engine=zero{CHOSEN[kind]}", "launch.processes=2")
+    command += ("objective=masked",) if kind == "bert" else ()
+    whole, cut = launching.whole_and_resumed(tmp_path, *command, step=12, model=model)
+    assert cut == whole
+    losses = [row["loss"] for row in whole]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0]
+    assert cli.main(["export", str(tmp_path / "cut"), f"to={tmp_path / 'hf'}"]) == 0
+    auto = "AutoModelForMaskedLM" if kind == "bert" else "AutoModelForCausalLM"
+    exported = getattr(transformers, auto).from_pretrained(tmp_path / "hf").eval()
+    tokens = torch.arange(24)[None]
+    with torch.no_grad():
+        expected = open_run(tmp_path / "whole").model()(tokens)
+        assert torch.equal(exported(tokens).logits, expected)
