@@ -134,6 +134,11 @@ def _grouped(samplers: Sequence[Sampler]) -> dict[Sampler, list[int]]:
     return groups
 
 
+def takes_padding(model: nn.Module) -> bool:
+    """Return True if a model continues rows with padding on the left as it would without."""
+    return isinstance(model, Transformer) or getattr(model, "takes_padding", False)
+
+
 class Batch:
     """The tokens of all rows (B, S), their padding mask, and the model's cache.
 
@@ -154,8 +159,8 @@ class Batch:
     ):
         if tokens_BL.shape[1] == 0:
             raise ValueError("the prompt is empty; give at least one token.")
-        if padding_mask_BL is not None and not isinstance(model, Transformer):
-            raise ValueError("only forescale's own model takes padding; give rows of one length.")
+        if padding_mask_BL is not None and not takes_padding(model):
+            raise ValueError("this model takes no padding; give rows of one length.")
         if max_context is None:
             max_context = getattr(getattr(model, "config", None), "max_sequence_length", None)
         self.model, self.choice, self.longest = model, choice, max_context

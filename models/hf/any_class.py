@@ -11,6 +11,7 @@ import importlib
 import inspect
 import json
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,10 +38,33 @@ class Past:
 
     def __init__(self) -> None:
         self.tokens_BS: Tensor | None = None
+        self.real_BS: Tensor | None = None  # False at padding, which stays
         self.states: Any = None
 
     def reserve(self, columns: int) -> None:
         """The class makes its room itself."""
+
+    def drop_first(self, columns: int) -> None:
+        """Columns of padding stay, as the class has counted them."""
+
+    def add(self, tokens_BL: Tensor, real_BL: Tensor | None) -> None:
+        """Append tokens; real: of the first ones, None: all."""
+        if self.tokens_BS is None:
+            self.tokens_BS, self.real_BS = tokens_BL, real_BL
+            return
+        self.tokens_BS = torch.cat((self.tokens_BS, tokens_BL), 1)
+        if self.real_BS is not None:
+            self.real_BS = F.pad(self.real_BS, (0, tokens_BL.shape[1]), value=True)
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep these rows, in this order."""
+        if self.tokens_BS is not None:
+            self.tokens_BS = self.tokens_BS[rows]
+        self.real_BS = None if self.real_BS is None else self.real_BS[rows]
+        if hasattr(self.states, "batch_select_indices"):
+            self.states.batch_select_indices(rows)
+        else:
+            self.states = None
 
 
 class AnyModel(nn.Module):
@@ -107,20 +131,21 @@ class AnyModel(nn.Module):
         with a penalty of unbalanced experts, if config.json turns it on (output_router_logits).
         Arguments as of models.Transformer; a cache is a Past."""
         options: dict[str, Any] = {"use_cache": False} if "use_cache" in self.takes else {}
-        if padding_mask_BL is not None:
-            options["attention_mask"] = padding_mask_BL.long()
+        balances = bool(self.balance) and self.training and targets_BL is not None
+        if self.balance:
+            options["output_router_logits"] = balances
+        if padding_mask_BL is not None and cache is None:
+            options |= self._padded(padding_mask_BL, tokens_BL.shape[1])
         if documents_BL is not None:
             options |= self._apart(documents_BL)
         if last is not None and "logits_to_keep" in self.takes:
             options["logits_to_keep"] = last
         if cache is not None:
+            cache.add(tokens_BL, padding_mask_BL)
             return self._continued(tokens_BL, cache, options)
         if targets_BL is None:
             logits_BLV: Tensor = self.inner(input_ids=tokens_BL, **options).logits
             return logits_BLV
-        balances = self.balance and self.training
-        if balances:
-            options["output_router_logits"] = True
         output = self.inner(input_ids=tokens_BL, **options)
         # Of rows: of a matrix for each window, the kernel on a GPU has no fixed order.
         rows, targets = output.logits.float().flatten(0, 1), targets_BL.flatten()
@@ -157,21 +182,49 @@ class AnyModel(nn.Module):
         return result
 
     def _continued(self, tokens_BL: Tensor, past: Past, options: dict[str, Any]) -> Tensor:
-        """Return the logits of tokens that follow those of a past, which then holds them too."""
-        earlier = past.tokens_BS
-        past.tokens_BS = tokens_BL if earlier is None else torch.cat((earlier, tokens_BL), 1)
-        argument = next((name for name in _PASTS if name in self.takes), None)
-        if argument is None:
-            logits_BLV: Tensor = self.inner(input_ids=past.tokens_BS, **options).logits
-            return logits_BLV
-        options["use_cache"] = True
+        """Return the logits of the last tokens of a past."""
+        unread: Any = past.tokens_BS if past.states is None else tokens_BL
+        if past.real_BS is not None:
+            options |= self._padded(past.real_BS, unread.shape[1])
+        argument = next((name for name in _PASTS if name in self.takes), "")
+        if argument:
+            options["use_cache"] = True
         if past.states is not None:
             options[argument] = past.states
-        unread = past.tokens_BS if past.states is None else tokens_BL
         output = self.inner(input_ids=unread, **options)
-        past.states = getattr(output, argument, None)
-        logits_BLV = output.logits
+        past.states = getattr(output, argument, None) if argument else None
+        logits_BLV: Tensor = output.logits
         return logits_BLV
+
+    @cached_property
+    @torch.no_grad()
+    def takes_padding(self) -> bool:
+        """True if rows with padding on the left are continued as they would be alone. It is tried,
+        as no class says it."""
+        device = next(self.parameters()).device
+        row_1L = torch.arange(3, 24, 3, device=device)[None]
+        rows_2L = torch.cat((F.pad(row_1L[:, :5], (2, 0)), row_1L))
+        real_2L, past = F.pad(torch.ones_like(rows_2L[:, 2:]), (2, 0)).bool(), Past()
+        real_2L[1] = True
+        try:
+            self(rows_2L[:, :5], padding_mask_BL=real_2L[:, :5], cache=past)
+            first = self(rows_2L[:, 5:6], cache=past)[:1, -1]
+            past.keep(torch.zeros(1, dtype=torch.long, device=device))
+            second = self(rows_2L[:1, 6:], cache=past)[:, -1]
+        except Exception:  # of whatever the class does with a mask that it doesn't expect
+            return False
+        alone = self(row_1L[:, :5])[0, 3:5]
+        differences = (torch.cat((first, second)) - alone).abs().max()
+        return bool(differences < _TOLERANCE * alone.std())
+
+    def _padded(self, real_BS: Tensor, last: int) -> dict[str, Any]:
+        """Return the arguments that hide padding from the last tokens of rows."""
+        options: dict[str, Any] = {"attention_mask": real_BS.long()}
+        # An encoder has padding on the right alone, and may count its positions otherwise.
+        if "position_ids" in self.takes and not self.masked:
+            positions = positions_of(real_BS.shape[1], real_BS.device, real_BS)
+            options["position_ids"] = positions[:, -last:]
+        return options
 
     def _apart(self, documents_BL: Tensor) -> dict[str, Any]:
         """Return the arguments that keep documents apart."""

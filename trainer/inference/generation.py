@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from forescale.ground.errors import UserError
 from forescale.inference.logprobs import Likeliest, TokenScore, of_prompt, scored
 from forescale.inference.question import Question
-from forescale.models.decoding.batch import Batch, Choice
+from forescale.models.decoding.batch import Batch, Choice, takes_padding
 from forescale.models.decoding.sampler import Sampler
-from forescale.models.transformer import Transformer
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 _NAMELESS: Mapping[int, str] = {}
@@ -244,7 +243,7 @@ class ContinuousBatch:
                 pieces.append((answer, text))
             new += [answer] if answer.reason is None else []
         groups = [[answer] for answer in new]
-        if isinstance(self.model, Transformer):  # models of a user's own take no padding
+        if takes_padding(self.model):
             longer = [a for a in new if len(a.question.start) > a.question.max_context]
             groups = [longer, [answer for answer in new if answer not in longer]]
         new_batches = [(_batch_of(self.model, group), group) for group in groups if group]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from forescale.models.decoding.batch import generate
+from forescale.models.decoding.batch import Batch, Choice, generate
 from forescale.models.decoding.sampler import Sampler
 from forescale.models.hf.any_class import AnyModel
 from tests.models.hf.kinds import KINDS, config_of, save_model
@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 DECODERS = [kind for kind in KINDS if kind != "bert"]
 # The others have ALiBi, a recurrence, or a window without documents.
 APART = ["mistral", "phi", "falcon", "gpt_neox", "gptj", "opt", "gemma2", "olmoe", "deepseek_v3"]
+ALONE = ["qwen3_next", "mamba", "recurrent_gemma"]  # with a state of their own
 LENGTH = 24
 
 
@@ -60,6 +61,29 @@ def test_it_writes_as_the_class_does_with_its_cache(kind):
     beyond = generate(model, prompt, 20, Sampler(temperature=0.0), max_context=10)
     assert torch.equal(beyond[:, :10], written[:, :10])
     assert beyond.shape == (1, 27)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_rows_of_a_batch_are_continued_as_alone_or_not_put_together(kind):
+    model = any_model(kind).eval()
+    assert model.takes_padding == (kind not in ALONE)
+    if kind in ALONE:
+        return
+    prompts, options = tokens_of(rows=3, length=9), dict(sampler=Sampler(temperature=0.0))
+    sizes = (4, 9, 6)
+    for row, size in zip(prompts, sizes, strict=True):
+        row[: 9 - size] = 0
+    real = torch.arange(9)[None] >= 9 - torch.tensor(sizes)[:, None]
+    choice = Choice([options["sampler"]] * 3, [torch.Generator()] * 3)
+    with torch.inference_mode():
+        batch = Batch(model, prompts, choice, None, real, num_tokens=12)
+        for step in range(12):
+            batch.step()
+            if step == 3:
+                batch.keep([2, 0])
+    for written, i in zip(batch.tokens, (2, 0), strict=True):
+        alone = generate(model, prompts[i : i + 1, 9 - sizes[i] :], 12, **options)[0]
+        assert torch.equal(written[-len(alone) :], alone)
 
 
 @pytest.mark.parametrize("kind", DECODERS)
