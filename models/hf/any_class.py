@@ -100,11 +100,11 @@ class AnyModel(nn.Module):
             problem = f"reads {longest:,} tokens, and train.sequence_length is {sequence_length:,}"
             raise ValueError(f"{problem}; give a shorter one")
         reads = weights and draws and not torch.empty(0).is_meta
-        more = text.vocab_size < vocab_size
-        if more and not reads:
+        lacks_ids = text.vocab_size < vocab_size
+        if lacks_ids and not reads:
             text.vocab_size = vocab_size
         self.inner = _built(_auto(masked), known, name if reads else None)
-        if more and reads:
+        if lacks_ids and reads:
             self.inner.resize_token_embeddings(vocab_size)
         table = self.inner.get_input_embeddings()
         if isinstance(table, nn.Embedding):
@@ -232,11 +232,10 @@ class AnyModel(nn.Module):
         positions = positions_of(length, documents_BL.device, None, starts)
         options: dict[str, Any] = {"position_ids": positions.expand_as(documents_BL)}
         if self.way == "masks":
-            seen = documents_BL[:, None, :, None] == documents_BL[:, None, None]
-            seen = seen if self.masked else seen.tril()
-            dtype = next(self.parameters()).dtype
-            hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-            options["attention_mask"] = hidden.masked_fill(~seen, torch.finfo(dtype).min)
+            same = documents_BL[:, None, :, None] == documents_BL[:, None, None]
+            visible, dtype = same if self.masked else same.tril(), next(self.parameters()).dtype
+            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+            options["attention_mask"] = mask.masked_fill(~visible, torch.finfo(dtype).min)
         return options
 
     @torch.no_grad()

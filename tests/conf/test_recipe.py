@@ -29,7 +29,7 @@ PUBLISHED = {
     "t5-small": (8, 128 * 624, 42),
 }
 MANUAL = Path(__file__).parents[2] / "conf" / "README.md"
-OF_NO_PAPER = {"tiny", "fast-learner", "depth", "custom"}
+OF_NO_PAPER = {"tiny", "fast-learner", "depth", "custom", "transformers"}
 
 
 def test_every_published_model_has_a_recipe_of_its_name():
