@@ -109,7 +109,14 @@ class AnyModel(nn.Module):
         table = self.inner.get_input_embeddings()
         if isinstance(table, nn.Embedding):
             table.padding_idx = None
+        if activation_checkpointing not in ("none", "full"):
+            problem = f"has no model.activation_checkpointing={activation_checkpointing}"
+            raise ValueError(f"{problem}; write none or full")
         if activation_checkpointing == "full":
+            if not self.inner.supports_gradient_checkpointing:
+                raise ValueError(
+                    "can't compute activations again; leave activation_checkpointing out"
+                )
             self.inner.gradient_checkpointing_enable({"use_reentrant": False})
         self.takes = {*inspect.signature(self.inner.forward).parameters}
         balance = getattr(text, "router_aux_loss_coef", 0.0)

@@ -343,5 +343,6 @@ def numerics(
         "exact": exactness(job.train.deterministic, device != "cpu").holds,
         "threads": threads,
         "device": device,
+        **({"transformers": _version("transformers")} if is_any_class(job.model) else {}),
         **versions(),
     }

@@ -77,6 +77,7 @@ REFUSED = {
     (): "model.name: names no model",
     ("model.name=nowhere",): "nowhere/config.json: no such file",
     ("model.name=.", "model.heads=4"): "unexpected keyword argument 'heads'",
+    ("model.name=.", "model.activation_checkpointing=some"): "write none or full",
     ("model.name=.", "train.sequence_length=65"): "reads 64 tokens",
     ("model.name=.", "objective=masked"): "no class for masked tokens",
     (
