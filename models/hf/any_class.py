@@ -92,6 +92,9 @@ class AnyModel(nn.Module):
         documents: bool = False,
     ):
         super().__init__()
+        if activation_checkpointing not in ("none", "full"):
+            problem = f"has no model.activation_checkpointing={activation_checkpointing}"
+            raise ValueError(f"{problem}; write none or full")
         self.masked = masked
         known = _config(json.loads(config), masked)
         text = known.get_text_config()
@@ -109,9 +112,6 @@ class AnyModel(nn.Module):
         table = self.inner.get_input_embeddings()
         if isinstance(table, nn.Embedding):
             table.padding_idx = None
-        if activation_checkpointing not in ("none", "full"):
-            problem = f"has no model.activation_checkpointing={activation_checkpointing}"
-            raise ValueError(f"{problem}; write none or full")
         if activation_checkpointing == "full":
             if not self.inner.supports_gradient_checkpointing:
                 raise ValueError(

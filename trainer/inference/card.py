@@ -34,15 +34,17 @@ def card(
     """Return the card as Markdown. architecture: the class of transformers; dtype: of the weights;
     licence: an SPDX name, such as apache-2.0; scores: files of `forescale eval RUN --json`;
     has_picture: whether PICTURE lies beside it. Raises UserError for scores of another run."""
+    is_masked = view.config.objective.sees_both_sides
     head = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "fill-mask" if is_masked else "text-generation",
         "tags": ["forescale"],
     }
     if licence:
         head["license"] = licence
     facts = _facts(view, checkpoint, architecture, dtype, licence)
     rows = "\n".join(f"| {name} | {text} |" for name, text in facts.items())
+    auto = f"AutoModelFor{'Masked' if is_masked else 'Causal'}LM"
     trusts = ", trust_remote_code=True" if architecture == ARCHITECTURE else ""
     parts = [
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in head.items()) + "---",
@@ -50,8 +52,8 @@ def card(
         f"| | |\n|---|---|\n{rows}",
         f"![loss over tokens]({PICTURE})" if has_picture else "",
         _scores(view, scores),
-        "## Use it\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype="auto"{trusts})\n'
+        f"## Use it\n\n```python\nfrom transformers import {auto}, AutoTokenizer\n\n"
+        f'model = {auto}.from_pretrained(DIRECTORY, dtype="auto"{trusts})\n'
         f"tokenizer = AutoTokenizer.from_pretrained(DIRECTORY{trusts})\n```",
         _training(view),
     ]

@@ -127,3 +127,20 @@ def test_a_model_without_a_family_here_is_imported_as_its_class_and_fine_tuned(
     assert forescale("export", tmp_path / "base", f"to={tmp_path / 'again'}")[0] == 0
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert all(torch.equal(saved.state_dict()[n], w) for n, w in again.state_dict().items())
+
+
+def test_a_masked_model_is_exported_with_its_card_and_gguf_is_refused(
+    small_data, tmp_path, forescale
+):
+    folder = save_config("bert", tmp_path / "bert")
+    run = make_run(small_data, tmp_path / "runs", "m", *model_of(folder), "objective=masked")
+    command = ("export", run.path, f"to={tmp_path / 'hf'}")
+    assert "a class of transformers" in forescale.refuses(*command, "format=gguf")
+    assert "import AutoModelForMaskedLM" in forescale.prints(*command)
+    assert "AutoModelForMaskedLM.from" in (tmp_path / "hf/README.md").read_text()
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "hf").eval()
+    assert model.config.vocab_size == 301  # the mask token is the last
+    tokens = torch.arange(24)[None]
+    with torch.no_grad():
+        assert torch.equal(open_run(run.path).model()(tokens), model(tokens).logits)
+    assert "continues no text" in forescale.refuses("generate", run.path, "prompt=x")
