@@ -117,7 +117,11 @@ class AnyModel(nn.Module):
                 raise ValueError(
                     "can't compute activations again; leave activation_checkpointing out"
                 )
-            self.inner.gradient_checkpointing_enable({"use_reentrant": False})
+            name = "activation_checkpointing_enable"  # since transformers 5, before gradient_...
+            old = "gradient_checkpointing_enable"
+            getattr(self.inner, name if hasattr(self.inner, name) else old)(
+                {"use_reentrant": False}
+            )
         self.takes = {*inspect.signature(self.inner.forward).parameters}
         balance = getattr(text, "router_aux_loss_coef", 0.0)
         self.balance = balance if getattr(text, "output_router_logits", False) else 0.0

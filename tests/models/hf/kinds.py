@@ -17,10 +17,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "phi": GROUPED,  # mixer and MLP in parallel
     "falcon": SMALL | dict(alibi=False),  # one head of keys and values
     "gpt_neox": SMALL,
-    "gptj": dict(n_embd=32, n_layer=2, n_head=2, n_positions=64, rotary_dim=8)
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=64)  # learned positions
     | dict(vocab_size=300, bos_token_id=0, eos_token_id=0, initializer_range=0.2),
     "bloom": SMALL | dict(n_layer=2, n_head=2),  # ALiBi, tied
-    "opt": SMALL | dict(ffn_dim=48, word_embed_proj_dim=32),  # learned positions
+    "opt": SMALL | dict(ffn_dim=48, word_embed_proj_dim=32),  # positions of its mask
     "gemma2": GROUPED | dict(head_dim=16, sliding_window=8),  # softcaps
     "olmoe": EXPERTS | dict(num_experts=4, output_router_logits=True),  # experts with a penalty
     "gpt_oss": EXPERTS | dict(head_dim=16, num_local_experts=4, sliding_window=8),  # sinks

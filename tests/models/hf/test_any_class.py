@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 DECODERS = [kind for kind in KINDS if kind != "bert"]
 # The others have ALiBi, a recurrence, or a window without documents.
-APART = ["mistral", "phi", "falcon", "gpt_neox", "gptj", "opt", "gemma2", "olmoe", "deepseek_v3"]
+APART = ["mistral", "phi", "falcon", "gpt_neox", "gpt2", "opt", "gemma2", "olmoe", "deepseek_v3"]
 ALONE = ["qwen3_next", "mamba", "recurrent_gemma"]  # with a state of their own
 LENGTH = 24
 
