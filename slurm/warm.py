@@ -33,8 +33,8 @@ from forescale.slurm.steps import Failure, JobStep
 _OTHERS = 1.0  # seconds that other ranks have to end by themselves after a failure
 _SAVING = 5.0  # the same after an error of the user's or an interruption
 _UNKNOWN = 1 << 12  # bytes of a message whose sender has not shown the token
-# Seconds in which killed ranks are reported: by templates, which a busy node may hold up for long;
-# and where a task has no template, and may never answer.
+# Seconds to wait for the report of killed ranks: from templates, which are slow on a busy node; and
+# if a task has no template, so that no report may come.
 _REPORTED, _LOST = 20.0, 3.0
 
 

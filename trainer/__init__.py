@@ -3,8 +3,8 @@
     import forescale
 
     forescale.plan("experiment=quick")              # before it costs anything: memory, time
-    run = forescale.train("experiment=quick", run={"name": "first"})
-    run = forescale.open_run("runs/first")          # or "first", under runs/
+    run = forescale.train("experiment=quick", run={"name": "mine"})
+    run = forescale.open_run("runs/mine")           # or "mine", under runs/
     run.metrics().plot("tokens", "loss")            # a DataFrame with one row a step
     run.metrics("validation")[["step", "bits_per_byte"]]
     run.generate("def main(", num_tokens=50)
@@ -115,8 +115,10 @@ def export(
 
     export("first", to="exports/first", dtype="bf16")
 
-    step: of the checkpoint; None: the newest. to: None: exports/RUN-STEP. dtype: q8_0 is of GGUF
-    files alone. adapter: write the adapters of a LoRA run alone.
+    step: of the checkpoint; None: the newest. to: a directory or, with format="gguf", a file; None:
+    exports/RUN-STEP or exports/RUN-STEP.gguf. dtype: "q8_0" only with format="gguf". adapter: write
+    only the adapters of a LoRA run. Further keys, for the model card: licence="apache-2.0",
+    scores=["scores.jsonl"].
     """
     named = {"target": run_, "to": to, "step": step, "format": format, "dtype": dtype}
     named["adapter"] = adapter

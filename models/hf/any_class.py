@@ -101,7 +101,7 @@ class AnyModel(nn.Module):
         longest = getattr(text, "max_position_embeddings", None)
         if longest and sequence_length > longest:
             problem = f"reads {longest:,} tokens, and train.sequence_length is {sequence_length:,}"
-            raise ValueError(f"{problem}; give a shorter one")
+            raise ValueError(f"{problem}; write train.sequence_length={longest} or less")
         reads = weights and draws and not torch.empty(0).is_meta
         lacks_ids = text.vocab_size < vocab_size
         if lacks_ids and not reads:
@@ -254,7 +254,7 @@ class AnyModel(nn.Module):
         """Choose how documents are kept apart. It is tried, as no class says it: a row of two must
         have the logits of each alone. A mask replaces a window of attention, so a class with one
         must do it by positions."""
-        problem = f"{type(self.inner).__name__} keeps no documents of a window apart"
+        problem = f"{type(self.inner).__name__} can't keep the documents of a window apart"
         refused = ValueError(f"{problem}; leave data.document_mask out")
         if "position_ids" not in self.takes:
             raise refused

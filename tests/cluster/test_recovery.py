@@ -90,7 +90,7 @@ def test_requeued_by_hand_in_mid_step(lab, job, reference):
 
 
 def test_a_rank_is_killed(lab, job, reference):
-    # Busy templates may report late: ranks that are held up by the dead one aren't a hang before.
+    # A busy template may report the death late; until then, ranks that wait aren't a hang.
     job.submit(**{"heartbeat.patience": "30 s"}).until_step(45)
     fault = Fault(job, "rank killed (SIGKILL)")
     pid = lab.pids("n2", RANK)[-1]  # the first is its template

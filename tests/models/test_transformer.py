@@ -138,5 +138,5 @@ def test_generation_refuses_nonsense():
     with pytest.raises(ValueError, match="; give"):
         generate(Counting(), torch.zeros(1, 0, dtype=torch.long), 1)
     real = torch.ones(1, 2, dtype=torch.bool)
-    with pytest.raises(ValueError, match="takes padding; give"):
+    with pytest.raises(ValueError, match="takes no padding; give"):
         generate(Counting(), torch.zeros(1, 2, dtype=torch.long), 1, padding_mask_BL=real)

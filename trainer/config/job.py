@@ -150,7 +150,13 @@ def _check_values(schema: type[Job], keys: Mapping[str, Any]) -> None:
         types = options(leaf.type) if leaf else ()
         if not _has_text(value):
             problem = f"{shortened(repr(value), _LONGEST)} is no number, text or list of them"
-            problems.append(Problem(path, problem, "give one of these, or a dict for a section"))
+            problems.append(
+                Problem(
+                    path,
+                    problem,
+                    "give one of these, a dict for a section, or a class (Model, not Model())",
+                )
+            )
         elif str in types and isinstance(value, bool | int | float) and type(value) not in types:
             problems.append(Problem(path, f"takes text, not {value!r}", "write it in quotes"))
     if problems:

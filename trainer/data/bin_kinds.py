@@ -3,7 +3,7 @@
     PackedKind          whole documents side by side in a window (forescale.data.packing)
     PairKind            a document that is a source, a separator and a target
     ConversationKind    a document with responses to learn
-    ConversationsKind   several of them side by side
+    PackedConversationKind   several of them side by side
     PreferenceKind      a document of two conversations, the chosen and the rejected one
 
 Invariant: each document is in a bin once or, unless documents are packed, is counted once as left
@@ -247,9 +247,9 @@ class ConversationKind(BinKind):
 
 
 @dataclass(frozen=True)
-class ConversationsKind(ConversationKind):
-    """Whole conversations side by side, by best fit (packing.py). Between two of them are two
-    pieces without a token, so that every other piece is a learned one, as of one conversation."""
+class PackedConversationKind(ConversationKind):
+    """Whole conversations side by side, by best fit (packing.py). Two empty pieces mark the border
+    between two conversations: two, so that context and response still alternate."""
 
     folder, unit = "packed-conversations", "row"
 

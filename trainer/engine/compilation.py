@@ -48,7 +48,10 @@ def compilation(job: TrainJob, world_size: int, device: str) -> Compilation:
     if job.train.compile == "off":
         return Compilation(False)
     if is_any_class(job.model) and job.train.compile == "auto" and budget is None:
-        return Compilation(False, notice="A class of transformers is compiled by train.compile=on.")
+        return Compilation(
+            False,
+            notice="The model is not compiled: for a class of transformers write train.compile=on.",
+        )
     if missing and job.train.compile == "on":
         problem = f"this machine lacks {missing}"
         raise UserError("train.compile=on", problem, "install it, or set train.compile=auto")

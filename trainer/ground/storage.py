@@ -109,11 +109,15 @@ def naming(path: Path) -> Iterator[None]:
 def path_of(value: Any) -> Path:
     """Return the path that a caller of a Python function named. Raises UserError if it is none."""
     if not isinstance(value, str | os.PathLike) or "\0" in os.fspath(value):
-        raise UserError(shortened(repr(value), 100), "is no path", "give a text or a pathlib.Path")
+        raise UserError(
+            shortened(repr(value), 100), "is not a path", "give a str or a pathlib.Path"
+        )
     try:
         return Path(value).expanduser()
     except RuntimeError as e:  # of pathlib, for ~nobody
-        raise UserError(str(value), "begins with ~ and no user's name", "write it in full") from e
+        raise UserError(
+            str(value), "begins with ~, but no user has this name", "write it in full"
+        ) from e
 
 
 def fsync_path(path: Path) -> None:

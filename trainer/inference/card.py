@@ -53,6 +53,7 @@ def card(
         f"![loss over tokens]({PICTURE})" if has_picture else "",
         _scores(view, scores),
         f"## Use it\n\n```python\nfrom transformers import {auto}, AutoTokenizer\n\n"
+        'DIRECTORY = "."  # where this file lies\n'
         f'model = {auto}.from_pretrained(DIRECTORY, dtype="auto"{trusts})\n'
         f"tokenizer = AutoTokenizer.from_pretrained(DIRECTORY{trusts})\n```",
         _training(view),
@@ -71,7 +72,7 @@ def _facts(
         facts["parameters"] = f"{parameters:,}"
     facts["weights"] = f"{dtype}, of step {step:,} of {config.total_steps:,}"
     if origin := config.run.origin.run:
-        facts["begun with"] = f"run {Path(origin).name}, step {config.run.origin.step or 0:,}"
+        facts["started from"] = f"run {Path(origin).name}, step {config.run.origin.step or 0:,}"
     facts["tokens"] = f"{checkpoint.position.tokens:,}"
     if trained and (flops := trained[-1].get("flops_causal")):
         facts["compute"] = f"{flops:.3g} FLOPs, forward and backward"
@@ -83,7 +84,7 @@ def _facts(
     read = sum((Counter(row.get("shares") or {}) for row in trained), Counter())
     for name, source in identity["dataset"]["sources"].items():
         share = f", {read[name] / read.total():.1%} of the tokens" if read.total() else ""
-        facts[f"data: {name}"] = f"corpus {(source['corpus_hash'] or '-')[:16]}{share}"
+        facts[f"data: {name}"] = f"corpus hash {(source['corpus_hash'] or '-')[:16]}{share}"
     entries = identity["dataset"]["vocab_size"]
     facts["tokenizer"] = f"{entries:,} entries, {identity['tokenizer_sha256'][:16]}"
     facts["sequence length"] = f"{config.train.sequence_length:,} tokens"

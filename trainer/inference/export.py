@@ -177,7 +177,8 @@ def _new_directory(to: Path) -> Iterator[Path]:
 
 def _expect_free(to: Path) -> None:
     if to.exists():
-        raise UserError(str(to), "already exists", f"choose another name, such as to={to}-2")
+        other = to.with_name(f"{to.stem}-2{to.suffix}" if to.suffix == ".gguf" else f"{to.name}-2")
+        raise UserError(str(to), "already exists", f"choose another name, such as to={other}")
 
 
 def export_adapters(

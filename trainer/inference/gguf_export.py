@@ -29,6 +29,7 @@ from forescale.inference.hf_directory import CONFIG, TEMPLATE
 FORMATS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "q8_0": "Q8_0"}
 # Of model types: an architecture of llama.cpp that computes the same.
 _SAME = {"mistral": "llama", **{name: name for name in ARCHITECTURES}}
+_TODO = "leave format out: export then writes a directory"
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # kinds of tokens
 _SIZES = {
     "context_length": "max_position_embeddings",
@@ -49,9 +50,12 @@ def architecture_of(config: dict[str, Any]) -> str:
     name = config["model_type"]
     windows = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if name not in _SAME or (windows and name in _SAME):
-        problem = f"as GGUF go {', '.join(_SAME)} without windows, and this model is {name}"
+        problem = (
+            f"only {', '.join(_SAME)} can be written as GGUF, without sliding windows, and this "
+        )
+        problem += f"model is {name}"
         problem += f" with windows of {windows}" if windows else ""
-        raise UserError("format", problem, "leave format out: export then writes a directory")
+        raise UserError("format", problem, _TODO)
     return _SAME[name]
 
 
@@ -147,9 +151,7 @@ def _add_rope(writer: Any, config: dict[str, Any]) -> np.ndarray | None:
         if original := rope.get("original_max_position_embeddings"):
             writer.add_rope_scaling_orig_ctx_len(original)
     elif kind != "default":
-        raise UserError(
-            "format", f"GGUF has no rotary positions of the kind {kind}", "leave it out"
-        )
+        raise UserError("format", f"GGUF has no rotary positions of the kind {kind}", _TODO)
     return None
 
 
@@ -158,7 +160,7 @@ def _vocabulary(raw: bytes, config: dict[str, Any], template: str | None) -> dic
     spec, tokenizer = json.loads(raw), Tokenizer.from_str(raw.decode())
     model, added = spec["model"], spec["added_tokens"]
     if model["type"] != "BPE":
-        raise UserError("format", f"GGUF has no {model['type']} tokenizer", "leave it out")
+        raise UserError("format", f"GGUF has no {model['type']} tokenizer", _TODO)
     by_id = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
     rows = config["vocab_size"]  # the embedding may have more than there are tokens
     kinds = dict.fromkeys(by_id, _NORMAL)
@@ -217,4 +219,4 @@ def _split_of(spec: dict[str, Any]) -> str:
         if name := next((name for name, words in SPLITS.items() if words == pattern), None):
             return name
     problem = "its tokenizer splits texts as no pre-tokenizer of llama.cpp that is known here does"
-    raise UserError("format", problem, "leave format out: export then writes a directory")
+    raise UserError("format", problem, _TODO)

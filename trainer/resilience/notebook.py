@@ -45,7 +45,9 @@ class Ended(NamedTuple):
             problems = [Problem(*_parts(problem)) for problem in error.get("problems", ())]
             raise ConfigError(problems) if problems else UserError(*_parts(error))
         if self.code == INTERRUPTED:
-            raise Interrupted("a run is saved; the same call goes on")
+            raise Interrupted(
+                "a run that was training is saved; make the same call again to continue"
+            )
         if self.code != DONE:
             raise CommandFailed(self.code, self.lines)
         return self.facts

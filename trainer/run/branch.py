@@ -8,10 +8,13 @@ in another one the same ids are other text.
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from forescale.config.frozen import thaw
+from forescale.config.target import is_any_class
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
+from forescale.data.tokenizer import load_tokenizer
 from forescale.ground.errors import UserError
 from forescale.ground.storage import hash_file
 from forescale.run.directory import Run
@@ -40,13 +43,29 @@ def with_step(job: TrainJob, frozen: TrainJob | None, newest: NewestStep | None)
     return replace(job, run=replace(job.run, origin=replace(origin, step=step)))
 
 
+def _check_vocabulary(folder: Path, sources: Sources) -> None:
+    """Raise UserError if the weights in a directory know a token of the data by another id."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    here = sources.tokenizer.get_vocab()
+    others = [t for t, i in load_tokenizer(path).get_vocab().items() if here.get(t, i) != i]
+    if others:
+        problem = f"its weights were trained with another tokenizer than that of {sources.where}"
+        todo = f"build the data with `forescale shards ... tokenizer={folder}`"
+        raise UserError(f"model.name={folder}", problem, todo)
+
+
 def check_origin(job: TrainJob, sources: Sources) -> None:
-    """Raise UserError if a branch can't begin with its origin's state: its tokenizer differs; it
+    """Raise UserError if weights of transformers are of another tokenizer than the data, or if a
+    branch can't begin with its origin's state: its tokenizer differs; it
     keeps the position in the data, and the data differ, or the clusters that share them; it would
     end before it begins; or it continues with references that its origin doesn't have, or has for
     other rows."""
     run, origin = origin_of(job), job.run.origin
     if run is None:
+        if is_any_class(job.model) and job.model.arguments["weights"]:
+            _check_vocabulary(Path(job.model.arguments["name"]), sources)
         return
     if not run.tokenizer.is_file():
         raise UserError(str(run.tokenizer), "no such file", "restore the run's tokenizer.json")

@@ -17,7 +17,7 @@ from forescale.config.train import TrainJob
 from forescale.data.bin_kinds import (
     BinKind,
     ConversationKind,
-    ConversationsKind,
+    PackedConversationKind,
     PackedKind,
     PairKind,
     PreferenceKind,
@@ -206,7 +206,7 @@ def row_kind(job: TrainJob, sources: Sources, split: str) -> BinKind | None:
         return PreferenceKind(job.train.sequence_length)
     if isinstance(objective, Responses):
         packs = job.data.packing == "best_fit" and split == "train"
-        return (ConversationsKind if packs else ConversationKind)(job.train.sequence_length)
+        return (PackedConversationKind if packs else ConversationKind)(job.train.sequence_length)
     if not isinstance(objective, Pairs):
         return None
     separator = separator_id(sources.tokenizer, objective.separator, sources.end_of_text)

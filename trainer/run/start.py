@@ -259,14 +259,17 @@ def with_config(model: Any) -> TargetConfig:
     if "config" in arguments:
         return TargetConfig(model.target, arguments)
     if not arguments.get("name"):
-        problem, todo = "names no model", "give a directory with a config.json of transformers"
+        problem, todo = (
+            "is missing",
+            "write model.name=DIR, with a config.json of transformers in DIR",
+        )
         raise UserError("model.name", problem, todo)
     folder = Path(str(arguments["name"])).expanduser().resolve()
     config = read_object(folder / "config.json", todo="give a directory with one in model.name")
     weights = any(folder.glob("*.safetensors"))
     if not weights and any(folder.glob("*.bin")):
         problem = "holds weights as pickles (*.bin) alone, and reading these could run code"
-        todo = "save them with save_pretrained of transformers, or take them out"
+        todo = "load them and write model.save_pretrained(DIR, safe_serialization=True)"
         raise UserError(str(folder), problem, todo)
     files = {"config": json.dumps(config, sort_keys=True), "weights": weights}
     return TargetConfig(model.target, {**arguments, "name": str(folder), **files})

@@ -43,10 +43,14 @@ class ExportJob(RunJob):
         if self.base is not None and not self.adapter:
             problems.append(("base", "applies to adapters alone", "add adapter=true"))
         if self.dtype == "q8_0" and self.format != "gguf":
-            problems.append(("dtype", "q8_0 is of GGUF files alone", "add format=gguf"))
+            problems.append(("dtype", "q8_0 exists only in GGUF files", "add format=gguf"))
         if self.adapter and self.format == "gguf":
             todo = "leave adapter out: the file then has them merged into the weights"
-            problems.append(("format", "gguf has no adapters alone", todo))
+            problems.append(("format", "a GGUF file can't hold adapters only", todo))
+        if self.adapter or self.format == "gguf":
+            wrong = "belongs into the model card, which only a whole directory has"
+            named = {"licence": self.licence, "scores": self.scores}
+            problems += [(key, wrong, "leave it out") for key, value in named.items() if value]
         return problems
 
 

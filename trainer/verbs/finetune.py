@@ -220,7 +220,7 @@ def _introduce(started: Start, dataset: Dataset, is_new: bool, file: str) -> Non
     (rows,) = whole_rows_of(job, started.sources, "train").values()
     is_packed = job.data.packing == "best_fit"
     unit = "row" if is_packed else "example"
-    packed = f" They fill {rows.counts.sum():,} rows." * is_packed
+    packed = f" The training examples fill {rows.counts.sum():,} rows." * is_packed
     print(
         f"{'Fine-tunes' if is_new else 'Goes on fine-tuning'} {origin.run}, from its step "
         f"{origin.step:,}, with {parts['train']['documents']:,} examples; "

@@ -87,7 +87,7 @@ def test_splits_and_models_that_llama_cpp_does_not_know_are_refused(forescale):
     err = forescale.refuses("export", "it", "format=gguf")
     assert "splits texts as no pre-tokenizer of llama.cpp" in err
     assert not list(Path("exports").glob("*"))
-    assert "q8_0 is of GGUF files alone" in forescale.refuses("export", "it", "dtype=q8_0")
+    assert "q8_0 exists only in GGUF files" in forescale.refuses("export", "it", "dtype=q8_0")
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])

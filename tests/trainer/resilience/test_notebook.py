@@ -67,8 +67,8 @@ def test_wrong_values_of_python_are_sentences(tmp_path, monkeypatch):
         "data: takes text, not 3": lambda: forescale.finetune("first", 3),
         "first: no run": lambda: forescale.finetune("first", "questions.jsonl"),
         "path: takes text, not 3": lambda: forescale.import_hf(3, "x"),
-        "3: is no path": lambda: (forescale.open_run(3),),
-        "None: is no path": lambda: (forescale.open_dataset(None),),
+        "3: is not a path": lambda: (forescale.open_run(3),),
+        "None: is not a path": lambda: (forescale.open_dataset(None),),
         "columns: .* is no number": lambda: (forescale.open_study("x", columns=object()),),
     }
     for sentence, wrong in calls.items():
@@ -165,7 +165,7 @@ def test_a_notebook(tmp_path, monkeypatch, small_data, notebook):
 
     outputs = notebook.run(STOP)
     assert outputs["error"][0]["traceback"] == [
-        "Interrupted: a run is saved; the same call goes on"
+        "Interrupted: a run that was training is saved; make the same call again to continue"
     ]
     assert "display_data" not in outputs  # `show` is given
     assert 2 <= forescale.open_run("cut").checkpoints()[-1].position.step < 8
@@ -195,7 +195,7 @@ def test_a_notebook(tmp_path, monkeypatch, small_data, notebook):
 
 def test_the_ends_of_a_command():
     assert Ended(DONE, {"path": "runs/x"}, []).result() == {"path": "runs/x"}
-    with pytest.raises(KeyboardInterrupt, match="the same call goes on"):
+    with pytest.raises(KeyboardInterrupt, match="make the same call again"):
         Ended(INTERRUPTED, {"path": "runs/x"}, []).result()
     with pytest.raises(CommandFailed, match="rank 0: boom") as failed:
         Ended(CRASHED, {"error": {"verb": "train"}}, ["rank 0: boom\n"]).result()

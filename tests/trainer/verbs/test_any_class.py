@@ -8,6 +8,7 @@ import torch
 
 from forescale import open_run
 from forescale.config.compose import compose
+from forescale.data.tokenizer import byte_tokenizer
 from forescale.ground.errors import UserError
 from forescale.run.start import start
 from forescale.verbs.plan import Plan, PlanJob
@@ -74,7 +75,7 @@ def test_a_plan_counts_the_parameters_of_the_class(small_data, tmp_path):
 
 
 REFUSED = {
-    (): "model.name: names no model",
+    (): "model.name: is missing",
     ("model.name=nowhere",): "nowhere/config.json: no such file",
     ("model.name=.", "model.heads=4"): "unexpected keyword argument 'heads'",
     ("model.name=.", "model.activation_checkpointing=some"): "write none or full",
@@ -84,7 +85,7 @@ REFUSED = {
         "model.name=.",
         "data.document_mask=true",
         "train.sequence_length=32",
-    ): "keeps no documents",
+    ): "can't keep the documents",
     ("model.name=.", "lora.rank=4", "run.from.run=x"): "this is a class of transformers",
     ("model.name=.", "engine.tensor_parallel=2", "launch.processes=2"): "is not divided",
 }
@@ -105,6 +106,15 @@ def test_weights_as_pickles_alone_are_refused(small_data, tmp_path):
     (folder / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(UserError, match="as pickles"):
         start(make_job(small_data, tmp_path / "runs", "a", *model_of(folder)))
+
+
+def test_weights_of_another_tokenizer_than_the_data_s_are_refused(small_data, tmp_path):
+    save_model("phi", tmp_path / "phi", vocab_size=400)
+    byte_tokenizer().save(str(tmp_path / "phi/tokenizer.json"))
+    job = make_job(small_data, tmp_path / "runs", "a", *model_of(tmp_path / "phi"))
+    with pytest.raises(UserError, match=r"with another tokenizer .* shards .* tokenizer="):
+        start(job)
+    assert not (tmp_path / "runs/a").exists()
 
 
 def test_a_model_without_a_family_here_is_imported_as_its_class_and_fine_tuned(

@@ -53,7 +53,8 @@ class DataConfig(CorpusConfig):
     shuffle_shards: int = key(8, kind="identity", ge=1)
     # restrict attention and positions to each document
     document_mask: bool = key(False, kind="identity")
-    # windows: cut one long sequence; best_fit: pack whole documents side by side
+    # windows: cut one long sequence, or an example a row; best_fit: whole documents, or examples,
+    # side by side
     packing: Literal["windows", "best_fit"] = key("windows", kind="identity")
     # samples to skip: [[FIRST, END], ...], END not included
     skip: list[list] = key([], kind="identity")  # type: ignore[type-arg]

@@ -236,11 +236,12 @@ def objective_problems(job: "TrainJob") -> ProblemIterator:
     packs_examples = packs and kind == "responses"
     if job.data.document_mask and (has_source or objective.whole) and not packs_examples:
         problem = f"a row of {kind} has no documents of its own, as a window has"
-        yield "data.document_mask", problem, "leave it out"
+        todo = "leave it out" + ", or add data.packing=best_fit" * (kind == "responses")
+        yield "data.document_mask", problem, todo
     if packs_examples and not job.data.document_mask:
         problem = "examples side by side in a row would see each other"
         yield "data.packing", problem, "add data.document_mask=true"
     if packs and not (objective.is_next_token or packs_examples):
-        problem = f"best_fit counts next tokens, not the targets of objective {kind}"
+        problem = f"best_fit packs documents and examples of responses, not rows of {kind}"
         yield "data.packing", problem, "write data.packing=windows"
     yield from objective.conflicts(job)

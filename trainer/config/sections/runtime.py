@@ -13,7 +13,12 @@ from forescale.config.abilities import QUESTIONS, TASKS
 from forescale.config.duration import Duration
 from forescale.config.job import ProblemIterator
 from forescale.config.schema import key, section
-from forescale.config.sections.trackers import TensorboardConfig, TrackerConfig, WandbConfig
+from forescale.config.sections.trackers import (
+    TensorboardConfig,
+    TrackerConfig,
+    TrackioConfig,
+    WandbConfig,
+)
 from forescale.config.sizes import Sizes
 from forescale.config.suggest import nearest_first
 
@@ -160,6 +165,7 @@ class LoggingConfig:
     peak_flops: float | None = key(None, gt=0)
     tensorboard: TensorboardConfig = section(TensorboardConfig)  # TensorBoard
     wandb: WandbConfig = section(WandbConfig)  # Weights & Biases
+    trackio: TrackioConfig = section(TrackioConfig)  # trackio, of Hugging Face
 
     @property
     def trackers(self) -> list[TrackerConfig]:

@@ -11,7 +11,9 @@ import importlib.util
 import netrc
 import os
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
@@ -127,6 +129,37 @@ class WandbConfig(TrackerConfig):
         )
         tracker.config.update({**config, **facts}, allow_val_change=True)
         return tracker
+
+
+@dataclass
+class TrackioConfig(TrackerConfig):
+    """trackio, of Hugging Face: a database on this machine, in TRACKIO_DIR, else in ~/.cache; see
+    it with `trackio show`. Where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set, it goes there."""
+
+    project: str = "forescale"  # the project there
+    group: str | None = None  # the group of the run there
+
+    def check(self) -> None:
+        if not _is_installed("trackio"):
+            todo = 'pip install "forescale[trackio]", or set logging.trackio.enabled=false'
+            raise UserError("logging.trackio", "trackio is not installed", todo)
+
+    def open(self, run: Path, identity: Facts, config: Facts, first_step: int) -> Any:
+        import trackio
+
+        # It prints where it writes, in the middle of our lines. Its runs are known by their names
+        # alone, which those of other directories may have, too.
+        with redirect_stdout(StringIO()):
+            return trackio.init(
+                self.project,
+                name=f"{run.name}-{identity['wandb_id'][:6]}",
+                group=self.group,
+                config={**config},
+                resume="allow",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
 
 
 def has_account() -> bool:

@@ -1,7 +1,9 @@
-"""TensorBoard, wandb and traces: which package must be there, and what a real run leaves."""
+"""TensorBoard, wandb, trackio and traces: which package is needed, and what a real run leaves."""
 
 import json
+import sqlite3
 import struct
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -132,10 +134,12 @@ def logged(dataset, tmp_path_factory):
         "profile.steps=3:5",
         "logging.tensorboard.enabled=true",
         "logging.wandb.enabled=true",
+        "logging.trackio.enabled=true",
     )
     everything += ("logging.wandb.group=g", "logging.wandb.tags=[t]")
     command = ("run.name=all", f"data.path={dataset}", *LENGTH, *everything)
-    return folder / "all", launching.train(folder, *command, cold=True, WANDB_MODE="offline")
+    places = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio")}
+    return folder / "all", launching.train(folder, *command, cold=True, **places)
 
 
 @pytest.mark.slow  # a real run with profiler, wandb and TensorBoard
@@ -159,6 +163,20 @@ def test_tensorboard_has_every_row(logged):
     assert [step for step, _ in losses] == [row["step"] for row in rows]
     assert [value for _, value in losses] == pytest.approx([row["loss"] for row in rows])
     assert [e.step for e in events.Scalars("validation/bits_per_byte")] == [8]
+
+
+@pytest.mark.slow  # a real run with profiler, wandb and TensorBoard
+def test_trackio_has_every_row(logged):
+    run, output = logged
+    with closing(sqlite3.connect(run.parent / "trackio/forescale.db")) as database:
+        rows = database.execute(
+            "select run_name, step, metrics from metrics order by id"
+        ).fetchall()
+    values = [(step, json.loads(text)) for _, step, text in rows]
+    losses = [(step, of["train/loss"]) for step, of in values if "train/loss" in of]
+    assert losses == [(row["step"], pytest.approx(row["loss"])) for row in launching.rows(run)]
+    assert {name for name, _, _ in rows} == {f"all-{read_json(run / 'run.json')['wandb_id'][:6]}"}
+    assert "Trackio" not in output
 
 
 @pytest.mark.slow  # a real run with profiler, wandb and TensorBoard

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from forescale.data.bin_kinds import ConversationKind, ConversationsKind
+from forescale.data.bin_kinds import ConversationKind, PackedConversationKind
 from forescale.data.bins import Bins
 from forescale.data.conversations import prepare
 from forescale.data.dataset import Dataset
@@ -69,7 +69,7 @@ def test_each_example_comes_once_an_epoch_with_its_responses_as_targets(dataset)
 
 def test_packed_rows_hold_each_example_once_apart_from_the_others(dataset):
     columns, split = 3 * COLUMNS, dataset.split("train")
-    bins = bins_of(dataset, columns=columns, kind=ConversationsKind)
+    bins = bins_of(dataset, columns=columns, kind=PackedConversationKind)
     feed = make_feed(
         {"d": split}, columns, 3, 2, bins={"d": bins}, objective=Responses(), documents=True
     )
