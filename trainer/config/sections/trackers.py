@@ -147,11 +147,10 @@ class TrackioConfig(TrackerConfig):
     def open(self, run: Path, identity: Facts, config: Facts, first_step: int) -> Any:
         import trackio
 
-        # It prints where it writes, in the middle of our lines. Its runs are known by their names
-        # alone, which those of other directories may have, too.
-        with redirect_stdout(StringIO()):
-            return trackio.init(
+        with redirect_stdout(StringIO()):  # it prints where it writes, in the middle of our lines
+            tracker = trackio.init(
                 self.project,
+                # Its runs are known by their names alone, which another directory's may have, too.
                 name=f"{run.name}-{identity['wandb_id'][:6]}",
                 group=self.group,
                 config={**config},
@@ -160,6 +159,16 @@ class TrackioConfig(TrackerConfig):
                 auto_log_gpu=False,
                 auto_log_cpu=False,
             )
+        return _Trackio(tracker)
+
+
+class _Trackio:
+    def __init__(self, run: Any):
+        self.log, self._run = run.log, run
+
+    def finish(self) -> None:
+        with redirect_stdout(StringIO()):
+            self._run.finish()
 
 
 def has_account() -> bool:
