@@ -11,6 +11,7 @@ import importlib
 import inspect
 import json
 import os
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -106,7 +107,8 @@ class AnyModel(nn.Module):
         lacks_ids = text.vocab_size < vocab_size
         if lacks_ids and not reads:
             text.vocab_size = vocab_size
-        self.inner = _built(_auto(masked), known, name if reads else None)
+        # Read weights leave it in eval mode: without dropout, and all activations stored.
+        self.inner = _built(_auto(masked), known, name if reads else None).train()
         if lacks_ids and reads:
             self.inner.resize_token_embeddings(vocab_size)
         table = self.inner.get_input_embeddings()
@@ -277,7 +279,11 @@ class AnyModel(nn.Module):
 def _transformers() -> Any:
     os.environ["USE_HUB_KERNELS"] = "NO"  # read when the library is imported
     try:
-        return importlib.import_module("transformers")
+        library = importlib.import_module("transformers")
+        with suppress(ImportError):  # it may have been imported before, in a notebook
+            kernels = importlib.import_module("transformers.integrations.hub_kernels")
+            kernels._kernels_enabled = False  # type: ignore[attr-defined]
+        return library
     except ImportError:
         problem = "needs the package transformers, which is not installed"
         raise ValueError(f"{problem}; pip install 'forescale[transformers]'") from None

@@ -64,7 +64,7 @@ def refusal(*words):
         (["train.sequence_length=24", "train.micro_batch=1"], "1 x 24 = 24.*train.micro_batch or"),
         (["precision=fp32"], "bf16 on GPUs that multiply fp8, and this is fp32"),
         (["precision=fp16"], "and this is fp16; write precision=bf16"),
-        (["model=custom", "model._target_=a.B"], "a class of your own; leave it out"),
+        (["model=custom", "model._target_=a.B"], "this is another class; leave it out"),
     ],
 )
 def test_what_tensor_cores_do_not_take_is_refused_with_the_key(words, says):

@@ -258,7 +258,7 @@ class TrainJob(Lengths, Job):
             ):
                 yield f"model.{name}", problem, todo
         elif self.precision.fp8 != "none":
-            problem = "multiplies the matrices of our models, and this is a class of your own"
+            problem = "multiplies matrices of forescale's own models, and this is another class"
             yield "precision.fp8", problem, "leave it out"
         yield from expert_problems(self, ranks)
         yield from invariant_problems(self)

@@ -67,7 +67,7 @@ def compilation(job: TrainJob, world_size: int, device: str) -> Compilation:
     is_whole = job.engine.stage < 3 or isinstance(job.model, ModelConfig)
     enabled = is_whole or job.train.compile == "on"
     if not enabled and budget is not None:
-        problem = "is for compiled blocks, and a class of your own isn't compiled at stage 3"
+        problem = "is for compiled blocks, and such a class isn't compiled at stage 3"
         raise UserError(
             "train.activation_memory_budget", problem, "leave it out, or train.compile=on"
         )

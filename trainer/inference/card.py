@@ -5,10 +5,12 @@ of addresses are masked; the command is there only if it composes to the run's o
 """
 
 import json
+import math
 import shlex
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError, masked
 from forescale.inference.remote_code import ARCHITECTURE
 from forescale.inference.view import RunView
+from forescale.models.config import ModelConfig
+from forescale.models.flops import shapes
 from forescale.run.forecast import describe
 from forescale.run.rows import read_rows
 
@@ -67,34 +71,46 @@ def _facts(
     config, identity, step = view.config, view.identity, checkpoint.position.step
     trained = [r for r in read_rows(view.run.metrics, kind="train") if r["step"] <= step]
     held_out = read_rows(view.run.metrics, kind="validation", dataset="validation", step=step)
-    facts = {"class": architecture}
-    if parameters := identity.get("parameters"):
+    facts, how = {"class": architecture}, view.run.weights_alone
+    if parameters := _parameters(view):
         facts["parameters"] = f"{parameters:,}"
-    facts["weights"] = f"{dtype}, of step {step:,} of {config.total_steps:,}"
+    facts["weights"] = f"{dtype}, {how or f'of step {step:,} of {config.total_steps:,}'}"
     if origin := config.run.origin.run:
         facts["started from"] = f"run {Path(origin).name}, step {config.run.origin.step or 0:,}"
-    facts["tokens"] = f"{checkpoint.position.tokens:,}"
+    if not how:
+        facts[config.objective.counted] = f"{checkpoint.position.tokens:,}"
     if trained and (flops := trained[-1].get("flops_causal")):
         facts["compute"] = f"{flops:.3g} FLOPs, forward and backward"
     if held_out:
         bits = held_out[-1].get("bits_per_byte")
         error = f" ± {held_out[-1]['loss_stderr']:.2g}" if held_out[-1].get("loss_stderr") else ""
-        facts["held-out loss"] = f"{held_out[-1]['loss']:.4f}{error} nats a token"
+        unit = "" if config.objective.are_preferences else " nats a predicted token"
+        facts["held-out loss"] = f"{held_out[-1]['loss']:.4f}{error}{unit}"
         facts["held-out loss"] += f", {bits:.4f} bits a byte" if bits is not None else ""
     read = sum((Counter(row.get("shares") or {}) for row in trained), Counter())
     for name, source in identity["dataset"]["sources"].items():
-        share = f", {read[name] / read.total():.1%} of the tokens" if read.total() else ""
-        facts[f"data: {name}"] = f"corpus hash {(source['corpus_hash'] or '-')[:16]}{share}"
-    entries = identity["dataset"]["vocab_size"]
-    facts["tokenizer"] = f"{entries:,} entries, {identity['tokenizer_sha256'][:16]}"
+        # A branch has the rows since its origin alone.
+        is_whole = read.total() == checkpoint.position.tokens > 0
+        share = f", {read[name] / read.total():.1%} of the tokens" if is_whole else ""
+        facts[f"data: {name}"] = f"corpus hash {(source.get('corpus_hash') or '-')[:16]}{share}"
+    entries, digest = identity["dataset"]["vocab_size"], identity.get("tokenizer_sha256")
+    facts["tokenizer"] = f"{entries:,} entries, {(digest or '-')[:16]}"
     facts["sequence length"] = f"{config.train.sequence_length:,} tokens"
-    if scored := view.run.read_events(kind="forecast_scored"):
+    if scored := view.run.read_events(kind="forecast_scored", step=step):
         facts["forecast"] = describe(scored[-1])
     versions = identity.get("versions", {})
     code = [f"{name} {versions[name]}" for name in ("forescale", "torch") if name in versions]
     if commit := (identity.get("git") or {}).get("commit"):
         code.append(f"commit {commit[:12]}")
     return {**facts, "code": ", ".join(code), "licence": licence or "not stated"}
+
+
+def _parameters(view: RunView) -> int | None:
+    """Return the number of exported weights: adapters merged, without modules for later tokens."""
+    if isinstance(model := view.config.model, ModelConfig):
+        sizes = shapes(replace(model.resolved(), mtp_layers=0)).values()
+        return sum(map(math.prod, sizes))
+    return view.identity.get("parameters")
 
 
 def _scores(view: RunView, paths: Sequence[Path]) -> str:
@@ -109,8 +125,9 @@ def _scores(view: RunView, paths: Sequence[Path]) -> str:
             todo = "make it with forescale eval RUN --json > FILE"
             raise UserError(f"scores={path}", f"holds no scores ({e})", todo) from None
         for row in lines:
-            if row.get("run") != view.name:
-                problem = f"has scores of {row.get('run')!r}, and this is {view.name}"
+            whose = row.get("run") if isinstance(row, dict) else row
+            if not isinstance(row, dict) or whose != view.name:
+                problem = f"has scores of {whose!r}, and this is {view.name}"
                 raise UserError(f"scores={path}", problem, f"forescale eval {view.name} --json")
             flat = dict(flatten(row, ""))
             numbers = {k: v for k, v in flat.items() if k not in _NOT_OF_SCORES}
@@ -134,7 +151,7 @@ def _numbers(row: dict[str, Any]) -> list[str]:
 def _training(view: RunView) -> str:
     """Return the command that trains such a model again; "" if no words compose to the config, or
     if the weights come from elsewhere."""
-    words = None if view.run.is_import else command_of(view.config)
+    words = None if view.run.weights_alone else command_of(view.config)
     if words is None:
         return ""
     return f"## Train it again\n\n```sh\nforescale train {masked(shlex.join(words))}\n```"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from forescale.checkpoint.reader import Checkpoint
 from forescale.config.target import is_any_class
-from forescale.data.tokenizer import declared_ends
+from forescale.data.tokenizer import declared_ends, load_tokenizer
 from forescale.ground.errors import UserError
 from forescale.ground.storage import fsync_path, make_folder, staged
 from forescale.inference.gguf_export import write_gguf
@@ -48,7 +48,11 @@ def family(view: RunView) -> str:
     export brings (remote_code.py). Raises UserError that says why neither is."""
     model = view.config.model
     if is_any_class(model):
-        return class_name(model.arguments["config"], view.config.objective.sees_both_sides)
+        try:
+            return class_name(model.arguments["config"], view.config.objective.sees_both_sides)
+        except ValueError as e:
+            problem, _, todo = str(e).partition("; ")
+            raise UserError(view.name, problem, todo) from None
     if not isinstance(model, ModelConfig):
         problem = f"is your own class {model.target}, which transformers doesn't know"
         raise UserError(
@@ -132,12 +136,15 @@ def export_gguf(view: RunView, checkpoint: Checkpoint, to: Path, dtype: str = "f
         todo = "leave it out, and convert the directory with llama.cpp's convert_hf_to_gguf.py"
         raise UserError("format", problem, todo)
     exported = _exported(view, checkpoint, "fp32" if dtype == "q8_0" else dtype)
-    raw = view.run.verified_tokenizer().read_bytes()
+    files, tokenizer = exported.files, load_tokenizer(view.run.verified_tokenizer())
+    # Files that came with imported weights may name the ends elsewhere.
+    if files[CONFIG].get("eos_token_id") is None:
+        files = {**files, CONFIG: files[CONFIG] | {"eos_token_id": view.ends}}
     _expect_free(to)
     part = to.with_name(f".{to.name}.{os.getpid()}.part")
     make_folder(to.parent)
     try:
-        write_gguf(part, view.name, exported.files, raw, exported.tensors, dtype)
+        write_gguf(part, view.name, files, tokenizer, exported.tensors, dtype)
         fsync_path(part)
         part.rename(to)
     finally:

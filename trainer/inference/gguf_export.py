@@ -25,6 +25,7 @@ from forescale.inference.gguf_file import (
     package_of,
 )
 from forescale.inference.hf_directory import CONFIG, TEMPLATE
+from forescale.run.finetune import default_template
 
 FORMATS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "q8_0": "Q8_0"}
 # Of model types: an architecture of llama.cpp that computes the same.
@@ -56,15 +57,24 @@ def architecture_of(config: dict[str, Any]) -> str:
         problem += f"model is {name}"
         problem += f" with windows of {windows}" if windows else ""
         raise UserError("format", problem, _TODO)
+    heads = config["num_attention_heads"]
+    head = config.get("head_dim") or config["hidden_size"] // heads
+    if name == "qwen2" and head * heads != config["hidden_size"]:
+        problem = (
+            f"llama.cpp's qwen2 has heads of {config['hidden_size']:,} columns in all, and this "
+        )
+        raise UserError("format", f"{problem}model of {head * heads:,}", _TODO)
+    if config["rope_parameters"]["rope_type"] == "llama3" and _SAME[name] != "llama":
+        raise UserError("format", f"llama.cpp's {name} has no rotary positions of llama3", _TODO)
     return _SAME[name]
 
 
 def write_gguf(
-    path: Path, name: str, files: dict[str, Any], tokenizer: bytes,
+    path: Path, name: str, files: dict[str, Any], tokenizer: Tokenizer,
     tensors: Callable[[], Iterable[tuple[str, Tensor]]], dtype: str,
 ) -> None:  # fmt: skip
     """Write the file. name: of the model; files: contents of the files beside the weights, by name;
-    tokenizer: its tokenizer.json; tensors: gives the weights by their names in transformers, twice,
+    tensors: gives the weights by their names in transformers, twice,
     as only one is in memory at a time; dtype: a key of FORMATS, of all matrices."""
     gguf = package_of(path)
     config = files[CONFIG]
@@ -78,8 +88,8 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if kind == 'F32' else 'MOSTLY'}_{kind}"])
     divisors = _add_rope(writer, config)
-    template = files.get(TEMPLATE) or files["tokenizer_config.json"].get("chat_template")
-    for key, value in _vocabulary(tokenizer, config, template).items():
+    raw = files.get(TEMPLATE) or files["tokenizer_config.json"].get("chat_template")
+    for key, value in vocabulary(tokenizer, config, default_template(raw)).items():
         of_numbers = gguf.GGUFValueType.STRING if key.endswith("merges") else None
         form = gguf.GGUFValueType.get_type(value)
         if isinstance(value, int) and not isinstance(value, bool):
@@ -155,68 +165,96 @@ def _add_rope(writer: Any, config: dict[str, Any]) -> np.ndarray | None:
     return None
 
 
-def _vocabulary(raw: bytes, config: dict[str, Any], template: str | None) -> dict[str, Any]:
+def vocabulary(
+    tokenizer: Tokenizer, config: dict[str, Any], template: str | None
+) -> dict[str, Any]:
     """Return the keys of the tokenizer, without "tokenizer."."""
-    spec, tokenizer = json.loads(raw), Tokenizer.from_str(raw.decode())
+    spec = json.loads(tokenizer.to_str())
     model, added = spec["model"], spec["added_tokens"]
     if model["type"] != "BPE":
         raise UserError("format", f"GGUF has no {model['type']} tokenizer", _TODO)
     by_id = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
-    rows = config["vocab_size"]  # the embedding may have more than there are tokens
+    of_pieces = bool(model["byte_fallback"])
     kinds = dict.fromkeys(by_id, _NORMAL)
-    if model.get("byte_fallback"):
+    if of_pieces:
         kinds |= {i: _BYTE for i, t in by_id.items() if len(t) == 6 and t[:3] == "<0x"}
     kinds |= {t["id"]: _CONTROL if t["special"] else _USER for t in added}
-    kinds |= {i: _UNKNOWN for i, token in by_id.items() if token == model.get("unk_token")}
-    first, last = _around(tokenizer)
+    unknown = next((i for i, t in by_id.items() if t == model["unk_token"]), None)
+    kinds |= {} if unknown is None else {unknown: _UNKNOWN}
+    rows = range(config["vocab_size"])  # the embedding may have more than there are tokens
     keys: dict[str, Any] = {
-        "ggml.tokens": [by_id.get(i, f"[PAD{i}]") for i in range(rows)],
-        "ggml.token_type": [kinds.get(i, _UNUSED) for i in range(rows)],
-        "ggml.add_bos_token": bool(first),
-        "ggml.add_eos_token": bool(last),
+        "ggml.tokens": [by_id.get(i, f"[PAD{i}]") for i in rows],
+        "ggml.token_type": [kinds.get(i, _UNUSED) for i in rows],
     }
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    if model.get("byte_fallback"):
+    if of_pieces:
         ranks = {"".join(m.split(" ")): -float(i) for i, m in reversed([*enumerate(merges)])}
-        scores = [ranks.get(by_id.get(i, ""), -1e9) for i in range(rows)]
-        has_prefix = '"Prepend"' in json.dumps(spec["normalizer"])
-        keys |= {"ggml.model": "llama", "ggml.pre": "default", "ggml.scores": scores}
-        keys["ggml.add_space_prefix"] = has_prefix
+        keys |= {"ggml.model": "llama", "ggml.pre": "default"}
+        keys["ggml.scores"] = [ranks.get(by_id.get(i, ""), -1e9) for i in rows]
+        keys["ggml.add_space_prefix"] = _has_prefix(spec)
     else:
         # A file without merges is refused by llama.cpp, so a tokenizer of bytes has one that makes
         # no token, and so is never used.
         keys |= {"ggml.model": "gpt2", "ggml.pre": _split_of(spec)}
         keys["ggml.merges"] = merges or [f"{by_id[0]} {by_id[0]}"]
-    names = {"bos": "bos", "eos": "eos", "pad": "padding"}
-    ids = {name: config.get(f"{key}_token_id") for key, name in names.items()}
-    ends = ids["eos"] if isinstance(ids["eos"], list) else [ids["eos"]]
-    ids |= dict(zip(("eos", "eot", "eom"), ends, strict=False))
-    keys |= {f"ggml.{name}_token_id": i for name, i in ids.items() if i is not None}
-    return keys | ({"chat_template": template} if template else {})
+    keys |= _special(tokenizer, config) | ({"chat_template": template} if template else {})
+    return keys if unknown is None else {**keys, "ggml.unknown_token_id": unknown}
 
 
-def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Return the ids that the tokenizer puts before and after a text."""
+def _special(tokenizer: Tokenizer, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of the tokens around a text: what a file leaves out, llama.cpp guesses."""
     whole = tokenizer.encode("a").ids
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-    return whole[:start], whole[start + len(bare) :]
+    first, last = whole[:start], whole[start + len(bare) :]
+    eos = config["eos_token_id"]
+    ends = [*dict.fromkeys(eos if isinstance(eos, list) else [eos])]
+    bos = config.get("bos_token_id")
+    bos = first[0] if first else ends[0] if bos is None else bos
+    if len(first) > 1 or last not in ([], ends[:1]):
+        raise UserError("format", "its tokenizer frames texts as no GGUF file can say", _TODO)
+    ids = dict(zip(("eos", "eot", "eom"), ends, strict=False)) | {"bos": bos}
+    if config.get("pad_token_id") is not None:
+        ids["padding"] = config["pad_token_id"]
+    adds = {"ggml.add_bos_token": bool(first), "ggml.add_eos_token": bool(last)}
+    return adds | {f"ggml.{name}_token_id": i for name, i in ids.items()}
+
+
+def _has_prefix(spec: dict[str, Any]) -> bool:
+    """Return whether a tokenizer of pieces puts a space before a text. Raises UserError for one
+    that changes or splits texts otherwise than SentencePiece."""
+    parts = [*_parts(spec["normalizer"], "normalizers")]
+    parts += _parts(spec["pre_tokenizer"], "pretokenizers")
+    if others := {part["type"] for part in parts} - {"Prepend", "Replace", "Metaspace"}:
+        problem = f"its tokenizer has {', '.join(sorted(others))}, which llama.cpp's doesn't"
+        raise UserError("format", problem, _TODO)
+    schemes = [part["prepend_scheme"] for part in parts if part["type"] == "Metaspace"]
+    return any(part["type"] == "Prepend" for part in parts) or any(s != "never" for s in schemes)
 
 
 def _split_of(spec: dict[str, Any]) -> str:
     """Return llama.cpp's name of the split of texts of a tokenizer.json. Raises UserError without
     one: then llama.cpp would read the same text as other tokens."""
-    split = spec["pre_tokenizer"] or {}
-    parts = split.get("pretokenizers", [split])
-    kinds = [part.get("type") for part in parts]
-    of_gpt2 = parts[-1].get("use_regex", True) and not parts[-1].get("add_prefix_space")
-    if kinds == ["ByteLevel"] and of_gpt2:
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and of_gpt2 and parts[0]["individual_digits"]:
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"] and not parts[-1].get("use_regex", True):
-        pattern = parts[0]["pattern"].get("Regex")
-        if name := next((name for name, words in SPLITS.items() if words == pattern), None):
-            return name
-    problem = "its tokenizer splits texts as no pre-tokenizer of llama.cpp that is known here does"
-    raise UserError("format", problem, _TODO)
+    *before, last = _parts(spec["pre_tokenizer"], "pretokenizers") or [{}]
+    changes = {part["type"] for part in _parts(spec["normalizer"], "normalizers")} - {"NFC"}
+    ignores = bool(spec["model"].get("ignore_merges"))
+    name = None
+    if last.get("type") == "ByteLevel" and not last["add_prefix_space"] and not changes:
+        kinds = [part["type"] for part in before]
+        if last["use_regex"] and kinds in ([], ["Digits"]) and not ignores:
+            is_whole = all(part["individual_digits"] for part in before)
+            name = ("smollm" if kinds else "gpt-2") if is_whole else None
+        elif kinds == ["Split"] and not last["use_regex"]:
+            [split] = before
+            pattern = split["pattern"].get("Regex", "")
+            fits = split["behavior"] == "Isolated" and not split["invert"]
+            names = ("llama-bpe",) if ignores else ("qwen2",)
+            name = next((n for n in names if fits and SPLITS[n] == pattern), None)
+    if name is None:
+        problem = "its tokenizer splits texts as no pre-tokenizer of llama.cpp that is known does"
+        raise UserError("format", problem, _TODO)
+    return name
+
+
+def _parts(node: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:
+    return [] if node is None else node.get(inside, [node])

@@ -148,8 +148,11 @@ def _carried(directory: HfDirectory | GgufFile) -> Carried:
         if isinstance(family, str) and isinstance(directory, HfDirectory):
             if family not in FAMILIES:
                 return _class_of(directory, problem)
-            todo = f"train it as a class of transformers: model=transformers model.name={where}"
-            todo = f"{todo.removesuffix('/config.json')}; nothing was written"
+            folder = where.removesuffix("/config.json")
+            todo = (
+                f"write forescale train NAME model=transformers model.name={folder} data=dataset "
+            )
+            todo += "data.path=DATA; nothing was written"
         raise UserError(where, problem, todo) from None
     parts, sizes = list(_parts(directory, model)), model.sizes
     architecture = FAMILIES[directory.config["model_type"]].architecture
@@ -163,8 +166,8 @@ def _class_of(directory: HfDirectory, problem: str) -> Carried:
     try:
         module = AnyModel(**model.arguments, vocab_size=0, sequence_length=0)
     except ValueError as e:
-        reason = str(e).partition("; ")[0]
-        problem, todo = f"{problem}; as a class of transformers: {reason}", "import another model"
+        reason, _, todo = str(e).partition("; ")
+        problem = f"{problem}; as a class of transformers: {reason}"
         raise UserError(
             str(directory.config_path), problem, f"{todo}; nothing was written"
         ) from None

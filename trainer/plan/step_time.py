@@ -230,7 +230,7 @@ def measure(target: str, root: str) -> MeasuredSpeed:
     where = f"plan.from_run={target}"
     job, rows = status.job, status.train
     if not isinstance(job.model, ModelConfig):
-        problem = "its model is a class of your own, whose FLOPs are not known"
+        problem = "its model is a class of your own or of transformers, whose FLOPs are not known"
         raise UserError(where, problem, "set plan.mfu instead")
     if len(rows) < 5 or not status.checkpoints:
         problem = f"it has {len(rows)} rows and {len(status.checkpoints)} checkpoints"

@@ -110,7 +110,10 @@ class _Source:
         self._texts[name] = ""  # meanwhile: it may name itself
         text = source_of(value)
         if text.startswith("@") and self._names.get(own_name) is not value:
-            raise UserError(name, "is not what its definition with a decorator gives", _TODO)
+            problem = (
+                "differs from its definition in the cell: a decorator or a later line replaced it"
+            )
+            raise UserError(name, problem, _TODO)
         for other in dict.fromkeys(_globals_of(compile(text, own_name, "exec", dont_inherit=True))):
             if other not in (own_name, "__name__") and other in self._names:
                 self.add(other, self._names[other])
@@ -174,5 +177,7 @@ def _place_of(name: str, value: Any) -> tuple[str, str] | None:
 def _is_literal(value: Any) -> bool:
     with suppress(ValueError, SyntaxError):
         literal = ast.literal_eval(repr(value))
-        return type(literal) is type(value) and literal == value
+        # The text of a set is another one in each process.
+        has_set = any(isinstance(node, ast.Set) for node in ast.walk(ast.parse(repr(value))))
+        return type(literal) is type(value) and literal == value and not has_set
     return False

@@ -49,8 +49,7 @@ def _check_vocabulary(folder: Path, sources: Sources) -> None:
     if not path.is_file():
         return
     here = sources.tokenizer.get_vocab()
-    others = [t for t, i in load_tokenizer(path).get_vocab().items() if here.get(t, i) != i]
-    if others:
+    if any(here.get(t) != i for t, i in load_tokenizer(path).get_vocab().items()):
         problem = f"its weights were trained with another tokenizer than that of {sources.where}"
         todo = f"build the data with `forescale shards ... tokenizer={folder}`"
         raise UserError(f"model.name={folder}", problem, todo)

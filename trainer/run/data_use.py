@@ -77,7 +77,7 @@ def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
                 feed = check(lambda: feed_of(job, sources, cache=where))
             if packs_documents(job) or feed is not None:
                 held_out = check(count_held_out)
-        elif check(lambda: row_kind(job, sources, "train")) is not None:
+        elif check(lambda: row_kind(job, sources, True)) is not None:
             sentences.append(
                 "The rows of the data are not counted yet, so its epochs and the tokens read are "
                 "estimates, as if no document were left out and no column were padding, and "
@@ -111,7 +111,7 @@ def _tables(job: TrainJob, sources: Sources, scratch: Path) -> Path | None:
     `scratch` if they can be made in seconds, else None."""
     cache, parts = job.data.cache_directory, list[tuple[Split, bool]]()
     for split in ("train", "validation"):
-        if kind := row_kind(job, sources, split):
+        if kind := row_kind(job, sources, in_training=split == "train"):
             for name, part in sources.split(split).items():
                 path = kind.path(part, sources.datasets[name].identity, cache)
                 parts.append((part, path.exists()))

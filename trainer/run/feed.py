@@ -55,7 +55,7 @@ def feed_of(
             for name, split in sources.split("train").items()
         }
     else:
-        bins = whole_rows_of(job, sources, "train", cache)
+        bins = whole_rows_of(job, sources, "train", cache, in_training=True)
     objective = objective_of(job, sources.vocab_size)
     length = window_length(objective, job.train.sequence_length)
     mixture = _mixture(job, sources, bins, length)
@@ -174,12 +174,16 @@ def row_tokens(feed: Feed) -> dict[str, int]:
 
 
 def whole_rows_of(
-    job: TrainJob, sources: Sources, split: str, cache: Path | None = None
+    job: TrainJob,
+    sources: Sources,
+    split: str,
+    cache: Path | None = None,
+    in_training: bool = False,
 ) -> dict[str, Bins]:
     """Return the whole rows of a split of each source, such as pairs; none if the job reads
-    windows. Tables that are missing from the cache are made. Raises UserError if there is nothing
-    to train on."""
-    if (kind := row_kind(job, sources, split)) is None:
+    windows. in_training: see row_kind. Tables that are missing from the cache are made. Raises
+    UserError if there is nothing to train on."""
+    if (kind := row_kind(job, sources, in_training)) is None:
         return {}
     cache, tables = cache or job.data.cache_directory, dict[str, Bins]()
     of_objective = {"responses": "examples", "preferences": "preferences"}.get(job.objective.kind)
@@ -197,15 +201,15 @@ def whole_rows_of(
     return tables
 
 
-def row_kind(job: TrainJob, sources: Sources, split: str) -> BinKind | None:
-    """Return the kind of whole rows that a job reads; None if it reads windows. Held-out examples
-    have a row each, which costs little. Raises UserError if the tokenizer of its data has no such
-    separator."""
+def row_kind(job: TrainJob, sources: Sources, in_training: bool) -> BinKind | None:
+    """Return the kind of whole rows that a job reads; None if it reads windows. in_training: rows
+    of packed examples, which have a row each where they are scored. Raises UserError if the
+    tokenizer of its data has no such separator."""
     objective = objective_of(job, sources.vocab_size)
     if isinstance(objective, Preferences):
         return PreferenceKind(job.train.sequence_length)
     if isinstance(objective, Responses):
-        packs = job.data.packing == "best_fit" and split == "train"
+        packs = job.data.packing == "best_fit" and in_training
         return (PackedConversationKind if packs else ConversationKind)(job.train.sequence_length)
     if not isinstance(objective, Pairs):
         return None

@@ -5,6 +5,7 @@ Invariant: what fine-tuning changes in the config of the origin stands here, wit
 other keys are those of the origin, but for those of one run or one machine.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from forescale.config.duration import Duration
-from forescale.config.schema import plain
+from forescale.config.schema import TargetConfig, plain
 from forescale.config.sections.data import ONLY, DataConfig
 from forescale.config.sections.lora import LoraConfig
 from forescale.config.sections.objective import PreferencesConfig, ResponsesConfig
@@ -20,6 +21,7 @@ from forescale.config.sections.optimizer import AdamWConfig, OptimizerConfig
 from forescale.config.sections.runtime import LaunchConfig, ProfileConfig
 from forescale.config.sections.schedule import CosineConfig
 from forescale.config.sections.training import OriginConfig
+from forescale.config.target import is_any_class
 from forescale.config.train import TrainJob
 from forescale.data.conversations.template import PLAIN, ChatTemplate
 from forescale.data.dataset import Dataset, Sources
@@ -83,7 +85,7 @@ def first_config(
     model = origin.model
     if are_preferences:  # of which each is two rows
         each = each // 2 if each % 2 == 0 else each
-        model = replace(model, dropout=0.0) if isinstance(model, ModelConfig) else model
+        model = _without_dropout(model)
     return plain(
         replace(
             origin,
@@ -117,6 +119,20 @@ def first_config(
     )
 
 
+def _without_dropout(model: Any) -> Any:
+    """Return a model's config that drops nothing: the reference of preferences doesn't either."""
+    if isinstance(model, ModelConfig):
+        return replace(model, dropout=0.0)
+    if not is_any_class(model):
+        return model
+    config = json.loads(model.arguments["config"])
+    drops = [
+        k for k, v in config.items() if k.endswith(("dropout", "_pdrop", "_dropout_prob")) and v
+    ]
+    text = json.dumps({**config, **dict.fromkeys(drops, 0.0)}, sort_keys=True)
+    return TargetConfig(model.target, {**model.arguments, "config": text})
+
+
 def default_epochs(are_preferences: bool) -> float:
     return LATER_EPOCHS if are_preferences else EPOCHS
 
@@ -146,7 +162,8 @@ def num_rows(job: TrainJob, dataset: Dataset) -> int:
     """Return the rows of an epoch: examples, or what they are packed into."""
     if job.data.packing == "windows":
         return dataset.split("train").num_documents
-    (rows,) = whole_rows_of(job, Sources({ONLY: dataset}), "train").values()
+    sources = Sources({ONLY: dataset})
+    (rows,) = whole_rows_of(job, sources, "train", in_training=True).values()
     return int(rows.counts.sum())
 
 
@@ -189,7 +206,7 @@ def chat_template(run: Run, vocabulary: Vocabulary, path: str | None) -> ChatTem
         if name.endswith("_token") and isinstance(text, str) and text:
             tokens[name] = text
     where, source = "the plain chat template", PLAIN
-    stored_template = stored.get(_TEMPLATE) or _default(config.get("chat_template"))
+    stored_template = stored.get(_TEMPLATE) or default_template(config.get("chat_template"))
     if template := kept_template(run) or stored_template:
         where, source = f"the chat template of {run.name}", template
     if path is not None:
@@ -205,7 +222,7 @@ def kept_template(run: Run) -> str | None:
     return template
 
 
-def _default(template: Any) -> str | None:
+def default_template(template: Any) -> str | None:
     """Return the template of tokenizer_config.json; of several, the one named default."""
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
@@ -219,7 +236,7 @@ def _read(path: str) -> str:
     if file.suffix != ".json":
         return source
     config = parse_json(source, path)
-    template = _default(config.get("chat_template")) if isinstance(config, dict) else None
+    template = default_template(config.get("chat_template")) if isinstance(config, dict) else None
     if template is None:
         raise UserError(path, "has no chat_template", todo)
     return template

@@ -261,7 +261,7 @@ def _refuse_other_size(job: TrainJob, forecast: Forecast, size: float) -> None:
     """Raise UserError if the model's N, by the forecast's convention, is not `size`. If the
     forecast is of a table with its own convention, any of ours may match."""
     if not isinstance(job.model, ModelConfig):
-        problem = "the size of a model class of your own is unknown, so no forecast applies to it"
+        problem = "the size of such a model class is unknown, so no forecast applies to it"
         raise UserError("forecast", problem, "leave out forecast=")
     counts = count(job.model)
     named = str(forecast.facts.get("convention")).partition(",")[0].removeprefix("N ")

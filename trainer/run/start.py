@@ -259,14 +259,14 @@ def with_config(model: Any) -> TargetConfig:
     if "config" in arguments:
         return TargetConfig(model.target, arguments)
     if not arguments.get("name"):
-        problem, todo = (
-            "is missing",
-            "write model.name=DIR, with a config.json of transformers in DIR",
-        )
+        problem, todo = "is missing", "write model.name=DIR; DIR has a config.json of transformers"
         raise UserError("model.name", problem, todo)
     folder = Path(str(arguments["name"])).expanduser().resolve()
     config = read_object(folder / "config.json", todo="give a directory with one in model.name")
-    weights = any(folder.glob("*.safetensors"))
+    if (folder / "adapter_config.json").exists():
+        problem, todo = "holds adapters of peft", "merge them into the model, and save that"
+        raise UserError(str(folder), problem, todo)
+    weights = any(folder.glob("model*.safetensors"))
     if not weights and any(folder.glob("*.bin")):
         problem = "holds weights as pickles (*.bin) alone, and reading these could run code"
         todo = "load them and write model.save_pretrained(DIR, safe_serialization=True)"

@@ -118,7 +118,7 @@ def examine_model(job: TrainJob, vocab_size: int) -> None:
         raise UserError(
             where, f"can't be built ({described(e, named)})", "correct the class"
         ) from e
-    if is_any_class(job.model):  # whose shapes are right, and whose kernels may lack the device
+    if is_any_class(job.model):  # some kernels of such classes lack the device meta
         return
     shape = (job.rows_at_once, job.train.sequence_length)
     ids = torch.zeros(shape, dtype=torch.int64, device="meta")

@@ -112,7 +112,7 @@ def changed_side(base: Side, change: Sequence[str], equal: str, has_code: bool =
     if not keys and not has_code:
         raise UserError(" ".join(change), "changes nothing", "see forescale train --help")
     if equal == "flops" and not (base.flops and changed.flops):
-        problem = "the compute of a model class of your own isn't known"
+        problem = "the compute of a class of your own or of transformers isn't known"
         raise UserError("equal", problem, "write equal=tokens")
     ratio = base.flops / changed.flops if equal == "flops" else base.tokens / changed.tokens
     most, step = changed.tokens * ratio * (1 + _SAME), changed.job.tokens_per_step

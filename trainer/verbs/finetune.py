@@ -130,6 +130,9 @@ def main(arguments: list[str]) -> int:
         return first_config(view.config, view.run.is_import, are_preferences, has_adapters)
 
     job = compose(FinetuneJob, words, find=base_config)
+    if job.objective.kind not in ("responses", "preferences"):
+        problem = f"a fine-tuning learns responses or preferences, not {job.objective.kind}"
+        raise UserError("objective", problem, "leave it out: the file of examples decides")
     is_new = not Run(job.run.directory).config.exists()
     vocabulary = vocabulary_of_run(view.run)
     template = chat_template(view.run, vocabulary, job.template)
@@ -217,7 +220,7 @@ def _typed(words: list[str], name: str) -> str | None:
 def _introduce(started: Start, dataset: Dataset, is_new: bool, file: str) -> None:
     job, parts = started.job, dataset.manifest["splits"]
     origin = job.run.origin
-    (rows,) = whole_rows_of(job, started.sources, "train").values()
+    (rows,) = whole_rows_of(job, started.sources, "train", in_training=True).values()
     is_packed = job.data.packing == "best_fit"
     unit = "row" if is_packed else "example"
     packed = f" The training examples fill {rows.counts.sum():,} rows." * is_packed

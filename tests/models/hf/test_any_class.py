@@ -32,6 +32,16 @@ def tokens_of(rows=2, length=LENGTH, seed=0):
     return torch.randint(0, 300, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+def test_weights_that_were_read_are_trained_with_dropout(tmp_path):
+    """Else a resume, which reads none, would be another training."""
+    save_model("opt", tmp_path, dropout=0.5)
+    text = (tmp_path / "config.json").read_text()
+    model = AnyModel(text, str(tmp_path), True, vocab_size=300, sequence_length=16)
+    assert all(module.training for module in model.modules())
+    tokens = torch.arange(16)[None]
+    assert not torch.equal(model(tokens), model(tokens))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_losses_are_of_the_logits_of_the_class_and_its_gradients_reach_all(kind):
     model, tokens = any_model(kind), tokens_of()

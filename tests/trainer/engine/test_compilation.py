@@ -157,7 +157,7 @@ def test_a_budget_that_nothing_can_keep_to_is_refused(monkeypatch):
     words = "train.activation_memory_budget=0.5"
     monkeypatch.setattr(module, "compiler_missing", lambda: None)
     assert compilation(job(words), 1, "cpu").budget == 0.5
-    with pytest.raises(UserError, match="a class of your own isn't compiled at stage 3"):
+    with pytest.raises(UserError, match="such a class isn't compiled at stage 3"):
         compilation(job(words, "engine=zero3", "model=custom", "model._target_=a.B"), 2, "cpu")
     monkeypatch.setattr(module, "compiler_missing", lambda: "a compiler")
     with pytest.raises(UserError, match="this machine lacks a compiler"):

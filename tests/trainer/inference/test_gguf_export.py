@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from forescale import open_run
+from forescale.ground.errors import UserError
+from forescale.inference.gguf_export import vocabulary
 from tests.trainer.inference import test_importing
 from tests.trainer.inference.test_importing import CHAT, LLAMA_LIKE, TOKENS, model_of, write
 
@@ -76,18 +80,43 @@ def test_splits_and_models_that_llama_cpp_does_not_know_are_refused(forescale):
     assert forescale("import", "hf", "olmo", "olmo")[0] == 0
     err = forescale.refuses("export", "olmo", "format=gguf")
     assert "this model is olmo2" in err
-    write(model_of("Llama"), Path("there"))
-    spec = json.loads(Path("there/tokenizer.json").read_text())
-    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": r"\d"}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-    ]}  # fmt: skip
-    Path("there/tokenizer.json").write_text(json.dumps(spec))
-    assert forescale("import", "hf", "there", "it")[0] == 0
-    err = forescale.refuses("export", "it", "format=gguf")
-    assert "splits texts as no pre-tokenizer of llama.cpp" in err
+    for i, pattern in enumerate(({"Regex": r"\d"}, {"String": "x"}, {"Regex": r"\p{N}"})):
+        write(model_of("Llama"), Path(f"there{i}"))
+        file = Path(f"there{i}/tokenizer.json")
+        spec = json.loads(file.read_text())
+        split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        parts = [split, byte_level | {"use_regex": False}]
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+        file.write_text(json.dumps(spec))
+        assert forescale("import", "hf", f"there{i}", f"it{i}")[0] == 0
+        err = forescale.refuses("export", f"it{i}", "format=gguf")
+        assert "splits texts as no pre-tokenizer of llama.cpp" in err
     assert not list(Path("exports").glob("*"))
     assert "q8_0 exists only in GGUF files" in forescale.refuses("export", "it", "dtype=q8_0")
+
+
+def test_pieces_are_read_with_a_space_before_them(forescale):
+    """As the tokenizers of Llama 2 and Mistral are stored by transformers 5."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "b", "▁a"]
+    numbers = {piece: i for i, piece in enumerate(pieces)}
+    model = models.BPE(numbers, [("▁", "a")], unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.add_special_tokens(pieces[:3])
+    frame = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = frame
+    config = {"vocab_size": len(pieces) + 1, "eos_token_id": [2, 262], "bos_token_id": None}
+    keys = vocabulary(tokenizer, config, None)
+    assert keys["ggml.model"] == "llama"
+    assert keys["ggml.add_space_prefix"]
+    assert keys["ggml.add_bos_token"]
+    ids = {name: keys[f"ggml.{name}_token_id"] for name in ("bos", "eos", "eot", "unknown")}
+    assert ids == {"bos": 1, "eos": 2, "eot": 262, "unknown": 0}
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(UserError, match="has Whitespace, which llama"):
+        vocabulary(tokenizer, config, None)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])

@@ -115,7 +115,7 @@ def test_values_that_are_classes_reach_the_job(cells):
         ("class Mine(Base):\n def forward(self, x):\n  return table", "table: is <object"),
         (
             "bare = scaled.__wrapped__\nclass Mine:\n f = property(lambda self: bare)",
-            "bare: is not what",
+            "bare: differs from its definition",
         ),
         ("class Mine(Base): pass", "Mine: is not defined at the top of a cell, or has no method"),
         ("def make():\n class Mine:\n  def f(self): pass\n return Mine\nMine = make()", "Mine: is"),

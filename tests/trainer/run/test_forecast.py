@@ -112,7 +112,7 @@ def test_a_forecast_for_another_n_or_d_is_refused_with_both_numbers(tmp_path):
         prediction_interval_of(job(path, steps=41))
     near = write(tmp_path, at(1.005 * N, 0.995 * D))
     assert prediction_interval_of(job(near)).tokens == 0.995 * D
-    with pytest.raises(UserError, match="a model class of your own is unknown"):
+    with pytest.raises(UserError, match="of such a model class is unknown"):
         prediction_interval_of(replace(job(path), model=TargetConfig("mine.Model")))
 
 

@@ -114,6 +114,12 @@ def test_bad_lines_are_a_sentence_and_nothing_is_made(make, tmp_path, forescale,
         (["template=none.jinja"], "none.jinja: no such file"),
         (["faults=[kill@5000:rank0]"], "comes after the run's last step, "),
         (["data.document_mask=true"], "data.document_mask: a row of responses has no documents"),
+        (["data.packing=best_fit"], "data.packing: examples side by side in a row would see each"),
+        (
+            ["data.packing=best_fit", "data.document_mask=true", "data.damaged=substitute"],
+            "data.damaged: of packed examples hardly two rows",
+        ),
+        (["objective=next_token"], "objective: a fine-tuning learns responses or preferences"),
         (["model.causal=false"], "model.causal: "),
         (
             ["lora.rank=4", "lora.targets=[key,keys]"],

@@ -89,6 +89,8 @@ def test_a_fine_tuning_has_the_losses_of_plain_pytorch(words, llama, forescale):
     losses = open_run("runs/sft").metrics()["loss"].tolist()
     assert losses == pytest.approx(losses_of(model, optimizer, loss_of), abs=1e-5)
     assert losses[-1] < losses[0] - 0.1
+    scores = json.loads(forescale.prints("eval", "sft", "split=train", "--json"))
+    assert scores["loss"] == pytest.approx(loss_of().item(), abs=1e-4)
 
 
 def test_preferences_have_the_losses_of_plain_pytorch(llama, forescale):

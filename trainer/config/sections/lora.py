@@ -88,13 +88,14 @@ def problems(job: "TrainJob") -> ProblemIterator:
         problem = "adapters stand beside the weights of a trained run, and run.from names none"
         yield "lora.rank", problem, "write forescale finetune FROM, or run.from.run=NAME"
     if not isinstance(model, ModelConfig):
-        problem = "adapters are for our models, and this is a class of your own"
+        problem = "adapters are for forescale's own models, and this is a class of your own"
         todo = "make them in your class"
         if is_any_class(model):
-            problem, todo = (
-                "adapters are for our models, and this is a class of transformers",
-                ("leave it out, or import the model where its family is one of ours"),
+            problem = "adapters are for forescale's own models, and this is a class of transformers"
+            todo = (
+                "leave lora.rank out; or, for a family in models/README.md, write forescale import"
             )
+            todo += " hf DIR NAME and forescale finetune NAME"
         yield "lora.rank", problem, todo
         return
     for name in ("tensor_parallel", "expert_parallel"):

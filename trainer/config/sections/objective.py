@@ -241,6 +241,9 @@ def objective_problems(job: "TrainJob") -> ProblemIterator:
     if packs_examples and not job.data.document_mask:
         problem = "examples side by side in a row would see each other"
         yield "data.packing", problem, "add data.document_mask=true"
+    if packs_examples and job.data.damaged == "substitute":
+        problem = "of packed examples hardly two rows have as many targets, so none can be replaced"
+        yield "data.damaged", problem, "write data.damaged=fail"
     if packs and not (objective.is_next_token or packs_examples):
         problem = f"best_fit packs documents and examples of responses, not rows of {kind}"
         yield "data.packing", problem, "write data.packing=windows"

@@ -134,7 +134,8 @@ class WandbConfig(TrackerConfig):
 @dataclass
 class TrackioConfig(TrackerConfig):
     """trackio, of Hugging Face: a database on this machine, in TRACKIO_DIR, else in ~/.cache; see
-    it with `trackio show`. Where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set, it goes there."""
+    it with `trackio show`. Where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set, it goes there.
+    Steps that a resume makes again are there twice, with the same values."""
 
     project: str = "forescale"  # the project there
     group: str | None = None  # the group of the run there

@@ -50,7 +50,7 @@ def common_of(job: StudyJob, opened: bool = False) -> Common:
         raise UserError("train.first_batch", problem, "leave it out, and train.batch_ramp")
     if not isinstance(train.model, ModelConfig):
         todo = "choose a model=CHOICE of forescale: a study sets width and layers"
-        raise UserError("plan.model", f"{keys.model} is a class of your own, without sizes", todo)
+        raise UserError("plan.model", f"{keys.model} is a class without sizes", todo)
     if not train.objective.is_next_token:
         problem = f"objective {train.objective.kind} has other targets than each next token, which "
         problem += "D, C and the laws of a study count"
