@@ -4,10 +4,12 @@
 transformers. It needs torch and transformers alone. config.json has the model in `forescale`, the
 weights have the names of the run. Of functions: w, the weights of a block by name; m, the keys of
 its mixer or MLP; c, the model; x (B, L, D) -> (B, L, D). context: places (B, S) of all tokens; keep
-(B, L, 1): 0 where the token before isn't visible; bias (B, 1, L, S) of scores, -inf for what isn't
-visible; first: the first layer's values; added: what is added to values.
+(B, L, 1), continues (B, S, 1): 0 where the token before isn't visible; bias (B, 1 or H, L, S) of
+scores, -inf for what is not visible; first: the first layer's values; added: to values.
+Recurrences go token by token.
 """
 
+import math
 from collections import defaultdict
 from typing import Any, cast
 
@@ -121,6 +123,100 @@ def attention(c: Keys, m: Keys, w: Keys, memory: Keys, x: Any, context: Keys) ->
     return linear(w, "output", y)
 
 
+def latent(c: Keys, m: Keys, w: Keys, memory: Keys, x: Any, context: Keys) -> Any:
+    """Return the output of multi-head latent attention, which keeps latents (arXiv 2405.04434)."""
+    has_latent, places = "query_latent.weight" in w, context["places"]
+    read = normed(c, w, "query_norm", linear(w, "query_latent", x)) if has_latent else x
+    q = rotated(m, linear(w, "query", read).unflatten(-1, (-1, c["head_dim"])), places)
+    latents = joined(memory, "latent", normed(c, w, "latent_norm", linear(w, "latent", x)))
+    k, v = (linear(w, name, latents).unflatten(-1, (q.shape[2], -1)) for name in ("key", "value"))
+    if "rope_key.weight" in w:
+        turned = rotated(m, linear(w, "rope_key", x)[:, :, None], places)
+        turned = joined(memory, "rope_key", turned).expand(-1, -1, q.shape[2], -1)
+        k = torch.cat((turned, k), -1)
+    return linear(w, "output", attend(m, q, k, v, context).flatten(-2))
+
+
+def mingru(c: Keys, m: Keys, w: Keys, memory: Keys, x: Any, context: Keys) -> Any:
+    """Return the output of a gated linear recurrence (arXiv 2410.01201)."""
+    z, v = (linear(w, "gate", x) - w["log_memory"]).float().sigmoid(), linear(w, "value", x)
+    a, b, states = (1 - z) * context["keep"], z * v.float(), []
+    state = memory.get("state", torch.zeros_like(b[:, 0]))
+    for t in range(x.shape[1]):
+        state = a[:, t] * state + b[:, t]
+        states.append(state)
+    memory["state"] = state
+    return linear(w, "output", torch.stack(states, 1).to(v.dtype))
+
+
+def lstm(c: Keys, m: Keys, w: Keys, memory: Keys, x: Any, context: Keys) -> Any:
+    """Return the output of an LSTM."""
+    of = {
+        name: w[f"recurrence.{name}_l0"]
+        for name in ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
+    }
+    read, states = F.linear(x, of["weight_ih"], of["bias_ih"]), []
+    zero = torch.zeros_like(x[:, 0])
+    h, cell = memory.get("hidden", zero), memory.get("cell", zero)
+    for t in range(x.shape[1]):
+        h, cell = h * context["keep"][:, t], cell * context["keep"][:, t]
+        i, f, g, o = (read[:, t] + F.linear(h, of["weight_hh"], of["bias_hh"])).chunk(4, -1)
+        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * cell.tanh()
+        states.append(h)
+    memory |= {"hidden": h, "cell": cell}
+    return linear(w, "output", torch.stack(states, 1))
+
+
+def gated_deltanet(c: Keys, m: Keys, w: Keys, memory: Keys, x: Any, context: Keys) -> Any:
+    """Return the output of the gated delta rule behind a short convolution (arXiv 2412.06464)."""
+    L, heads, kernel = x.shape[1], len(w["log_rate"]), w["convolution.weight"][:, 0].float()
+    parts = [linear(w, name, x) for name in ("query", "key", "value")]
+    mixed, lags = torch.cat(parts, -1), kernel.shape[1]
+    before = memory.get("convolved", torch.zeros_like(mixed[:, :1]).expand(-1, lags - 1, -1))
+    whole = torch.cat((before, mixed), 1)
+    memory["convolved"] = whole[:, L:]
+    keep = F.pad(context["continues"], (0, 0, lags - 1, 0))[:, -(L + lags - 1) :].float()
+    y, visible = torch.zeros_like(mixed, dtype=torch.float32), torch.ones_like(keep[:, :L])
+    for lag in range(lags):
+        at = slice(lags - 1 - lag, lags - 1 - lag + L)
+        y = y + kernel[:, -1 - lag] * whole[:, at].float() * visible
+        visible = visible * keep[:, at]
+    y = F.silu(y).to(x.dtype).split([part.shape[-1] for part in parts], -1)
+    q, k, v = (part.unflatten(-1, (heads, -1)).float() for part in y)
+    q, k = (part * torch.rsqrt(part.square().sum(-1, keepdim=True) + 1e-6) for part in (q, k))
+    step = F.softplus(linear(w, "decay", x).float() + w["decay_bias"].float())
+    decay = (-w["log_rate"].float().exp() * step).exp() * context["keep"]
+    beta, out = linear(w, "beta", x).float().sigmoid(), []
+    state = memory.get("state", q.new_zeros(len(x), heads, k.shape[-1], v.shape[-1]))
+    for t in range(L):
+        state = decay[:, t, :, None, None] * state
+        change = beta[:, t, :, None] * (v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t]))
+        state = state + k[:, t, :, :, None] * change[:, :, None]
+        out.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t] * q.shape[-1] ** -0.5))
+    memory["state"] = state
+    y = normed(c, w, "output_norm", torch.stack(out, 1).to(x.dtype))
+    gate = F.silu(linear(w, "gate", x).unflatten(-1, (heads, -1)))
+    return linear(w, "output", (y * gate).flatten(-2))
+
+
+MIXERS = {"attention": attention, "window": attention, "latent": latent, "mingru": mingru}
+MIXERS |= {"lstm": lstm, "gated_deltanet": gated_deltanet}
+
+
+def by_distance(p: Keys, w: Keys, distance: Any) -> Any:
+    """Return what positions add to scores, (B, H, L, S), of distances (B, L, S); 0: nothing."""
+    if p["kind"] == "alibi":
+        return -torch.tensor(p["slopes"], device=distance.device)[:, None, None] * distance[:, None]
+    if p["kind"] != "relative":
+        return torch.zeros_like(distance[:, None], dtype=torch.float32)
+    single, table = p["buckets"] // 2, w["relative_position.weight"]
+    back = distance.clamp(min=0)
+    share = (back.clamp(min=1).float() / single).log() / math.log(p["distance"] / single)
+    far = (single + (share * (p["buckets"] - single)).long()).clamp(max=p["buckets"] - 1)
+    return F.embedding(torch.where(back < single, back, far), table).permute(0, 3, 1, 2)
+
+
 ACTIVATIONS: Any = {"swiglu": F.silu, "gelu_exact": F.gelu, "relu": F.relu}
 ACTIVATIONS["relu2"] = lambda x: F.relu(x).square()
 ACTIVATIONS |= dict.fromkeys(("geglu", "gelu"), lambda x: F.gelu(x, approximate="tanh"))
@@ -165,7 +261,8 @@ def block(c: Keys, layer: int, w: Keys, memory: Keys, x: Any, context: Keys) -> 
         return normed(c, w, name, x, kind) if place == "residual" else x
 
     read = before("mixer", x)
-    out = add(x, attention(c, m, of["mixer"], memory, read, context), "mixer_post_norm")
+    mixed = MIXERS[m["kind"]](c, m, of["mixer"], memory, read, context)
+    out = add(x, mixed, "mixer_post_norm")
     if place != "shared":
         read = before("mlp", x if place == "parallel" else out)
     return add(out, (moe if n["kind"] == "moe" else mlp)(c, n, of["mlp"], read), "mlp_post_norm")
@@ -250,8 +347,14 @@ class ForescaleForCausalLM(PreTrainedModel, GenerationMixin):
         x = x * c["scales"]["embedding"]
         if "position.weight" in w:
             x = x + F.embedding(places, w["position.weight"])
+        if c["position"]["kind"] == "sinusoidal":
+            even = torch.arange(0, x.shape[-1], 2, dtype=torch.float32, device=x.device)
+            angles = places[..., None].float() * (1.0 / 10_000.0 ** (even / x.shape[-1]))
+            x = x + torch.stack((angles.sin(), angles.cos()), -1).flatten(-2).to(x.dtype)
         if c["norm"]["embedding"]:
             x = normed(c, w, "embedding_norm", x, c["norm"]["kind"])
-        bias = torch.zeros(visible.shape, device=x.device).masked_fill(~visible, -torch.inf)
-        context = {"places": all_places, "keep": keep[:, -L:, None].to(x.dtype), "first": None}
-        return x, context | {"bias": bias[:, None]}
+        bias = by_distance(c["position"], w, places[:, :, None] - all_places[:, None])
+        bias = bias.masked_fill(~visible[:, None], -torch.inf)
+        continues = keep[..., None].to(x.dtype)
+        context = {"places": all_places, "continues": continues, "keep": continues[:, -L:]}
+        return x, context | {"first": None, "bias": bias}

@@ -12,9 +12,10 @@ from torch import Tensor
 from forescale.config.schema import plain
 from forescale.models.config import ModelConfig
 from forescale.models.flops import layers_of, shapes
-from forescale.models.mixers.attention import Attention
+from forescale.models.mixers.attention import Softmax
 from forescale.models.parametrization import scales
 from forescale.models.part import Part
+from forescale.models.positions.biases import slopes
 from forescale.models.positions.rope_scaling import frequencies
 
 MODELING, ARCHITECTURE = "modeling_forescale.py", "ForescaleForCausalLM"
@@ -22,10 +23,7 @@ MODELING, ARCHITECTURE = "modeling_forescale.py", "ForescaleForCausalLM"
 
 def without_code(config: ModelConfig) -> str:
     """Return the parts of a model that the file doesn't compute, "" if it computes all."""
-    parts = [f"mixer {m.kind}" for m in config.mixers_used if not isinstance(m, Attention)]
-    parts += ["encoder"] * (config.has_encoder or not config.causal)
-    kind = config.position.kind
-    parts += [f"position {kind}"] * (kind not in ("rotary", "learned", "none"))
+    parts = ["encoder"] * (config.has_encoder or not config.causal)
     return ", ".join(parts + ["dense head"] * (config.head.kind == "dense"))
 
 
@@ -35,6 +33,7 @@ def as_code(
     """Return the content of config.json, and the tensors by name, each read when it is needed."""
     c = replace(config.resolved(), mtp_layers=0)  # they serve training alone
     sizes, scale = shapes(c), asdict(scales(c))
+    is_scaled = c.scale_embedding or c.position.kind == "sinusoidal"
     names = [name for name in state if not name.startswith("mtp.")]
     auto = {"AutoConfig": "ForescaleConfig", "AutoModelForCausalLM": ARCHITECTURE}
     return {
@@ -46,8 +45,9 @@ def as_code(
         "forescale": {
             "mixers": [_keys(c, parts.mixer) for parts in layers_of(c)],
             "mlps": [_keys(c, parts.mlp) for parts in layers_of(c)],
+            "position": _keys(c, c.position),
             **{"norm": _keys(c, c.norm), "softcap": c.head.softcap, "head_dim": c.sizes.head_dim},
-            "scales": scale | ({} if c.scale_embedding else {"embedding": 1.0}),
+            "scales": scale | ({} if is_scaled else {"embedding": 1.0}),
             # Buffers are the steps of experts' biases.
             "tensors": {n: [[*(sizes.get(n) or state[n].shape)], n in sizes] for n in names},
         },
@@ -57,10 +57,13 @@ def as_code(
 def _keys(c: ModelConfig, part: Part) -> dict[str, Any]:
     """Return the kind and keys of a part, and of a mixer what follows from the model's."""
     keys: dict[str, Any] = {"kind": part.kind, **plain(part)}
-    if isinstance(part, Attention):
-        ratio = c.sizes.head_dim / (part.score_dim or c.sizes.head_dim)
+    if isinstance(part, Softmax):
+        ratio = c.sizes.head_dim / (getattr(part, "score_dim", None) or c.sizes.head_dim)
         keys["scale"], keys["rotation"] = scales(c).attention * math.sqrt(ratio), [[], 1.0]
-        if c.rotates and part.theta != 0:
-            by, length = frequencies(c, torch.device("cpu"), part.theta)
+        theta = getattr(part, "theta", None)
+        if c.rotates and theta != 0:
+            by, length = frequencies(c, torch.device("cpu"), theta)
             keys["rotation"] = [by.tolist(), length]
+    if part.kind == "alibi":
+        keys["slopes"] = slopes(c.sizes.num_heads)
     return keys

@@ -33,6 +33,15 @@ CASES = {
     ),
     "shared": changed(BASE, norm__placement="shared", head__softcap=3.0, mixer__qk_norm="layer"),
     "yarn": changed(FIRST, position__scaling="yarn", position__scaling__factor=2.0),
+    "latent": changed(BASE, mixer="latent", mixer__query_rank=12),
+    "latent-alibi": changed(BASE, mixer="latent", position="alibi", norm__embedding=True),
+    "alibi": changed(BASE, position="alibi", num_heads=4, num_kv_heads=2),
+    "relative": changed(BASE, position="relative", position__distance=12, position__buckets=8),
+    "sinusoidal": changed(BASE, position="sinusoidal"),
+    "mingru": changed(BASE, mixer="mingru", bias=True),
+    "lstm": changed(BASE, mixer="lstm"),
+    "deltanet": changed(BASE, mixer="gated_deltanet"),
+    "pattern": changed(BASE, mixer_pattern=["gated_deltanet", "attention"]),
     "moe": changed(FIRST, mlp="moe", mlp__scores="sigmoid", mlp__bias_speed=0.1, **EXPERTS),
 }
 # What a user does, where forescale can't be imported.

@@ -151,9 +151,12 @@ def test_the_model_that_trains_by_default_can_leave():
 
 
 def test_what_fits_nowhere_is_refused_with_the_keys_in_the_way(small_data, tmp_path, forescale):
-    run = make_run(small_data, tmp_path / "runs", "odd", *BASE, "model.position=sinusoidal")
+    run = make_run(
+        small_data, tmp_path / "runs", "odd", *BASE, "model.position=sinusoidal", "model.head=dense"
+    )
     err = forescale.refuses("export", run.path, f"to={tmp_path / 'hf'}")
     assert "position=rotary (not sinusoidal)" in err
+    assert "has no dense head" in err
     assert not (tmp_path / "hf").exists()
 
 
