@@ -72,6 +72,23 @@ def test_a_wrong_command_line_has_no_candidates(forescale):
     assert forescale("completion", "--words", "no-such-verb", "x") == (0, "", "")
 
 
+def test_the_second_time_no_verb_is_imported(tmp_path, monkeypatch):
+    """Since a TAB should take less than 0.2 s."""
+    monkeypatch.setenv("FORESCALE_CACHE", str(tmp_path))
+    code = (
+        "import sys; from forescale import cli\n"
+        "cli.main(['completion', '--words', 'train', 'model='])\n"
+        "print('hydra' in sys.modules, 'forescale.verbs.train' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code]
+    first, second = (
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)
+    )
+    assert first.replace("True True", "False False") == second
+    assert "model=tiny" in second
+    assert first != second
+
+
 def test_completing_imports_no_torch_and_composes_nothing():
     code = (
         "import sys; from forescale import cli\n"
