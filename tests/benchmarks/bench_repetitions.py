@@ -5,7 +5,9 @@
 Each repetition is a whole study with a seed and a corpus of its own: a pilot, five budgets of five
 sizes, the target's forecast, and then its training, with four times the compute of the most
 expensive run. The corpora are the embedded one (code), and the datasets of bytes that are named,
-in turn. Studies stay in $FORESCALE_REPETITIONS, or in runs/repetitions: what is complete there is
+in turn: `forescale shards FOLDER output=DIR tokenizer=bytes`. Prose was 25 MB of the books in
+github.com/mlschmitt/classic-books-markdown, in documents of 8,000 characters; manuals the 24 MB of
+man pages of a Debian system, unpacked. Studies stay in $FORESCALE_REPETITIONS, or in runs/repetitions: what is complete there is
 read and not trained again, so that ten repetitions may take several nights.
 """
 
@@ -37,8 +39,8 @@ class Sizes:
 
 
 REAL = Sizes((
-    *("plan.pilot=true", "plan.cap=1.2e13", "plan.budgets=4", "plan.step=1.8", "plan.ratio=40"),
-    *("plan.sequence_length=128", "plan.seeds=[2,1]", "target.flops=1.6e12"),
+    *("plan.pilot=true", "plan.cap=2.4e13", "plan.budgets=4", "plan.step=1.8", "plan.ratio=40"),
+    *("plan.sequence_length=128", "plan.seeds=[2,1]", "target.flops=3.2e12"),
 ))  # fmt: skip
 TOY = Sizes((
     *("plan.budgets=3", "plan.sizes=3", "plan.cap=1e14", "plan.sequence_length=32"),
