@@ -7,8 +7,9 @@ sizes, the target's forecast, and then its training, with four times the compute
 expensive run. The corpora are the embedded one (code), and the datasets of bytes that are named,
 in turn: `forescale shards FOLDER output=DIR tokenizer=bytes`. Prose was 25 MB of the books in
 github.com/mlschmitt/classic-books-markdown, in documents of 8,000 characters; manuals the 24 MB of
-man pages of a Debian system, unpacked. Studies stay in $FORESCALE_REPETITIONS, or in runs/repetitions: what is complete there is
-read and not trained again, so that ten repetitions may take several nights.
+man pages of a Debian system, unpacked. Studies stay in $FORESCALE_REPETITIONS, or in
+runs/repetitions: what is complete there is read and not trained again, so that ten repetitions may
+take several nights.
 """
 
 import math
