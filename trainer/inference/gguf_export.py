@@ -1,4 +1,4 @@
-"""Write a model as one GGUF file, which llama.cpp and its kin run: the inverse of gguf_file.py.
+"""Write a model as one GGUF file, for llama.cpp and programs like it: the inverse of gguf_file.py.
 
 Invariant: what is written is what llama.cpp's own conversion (convert_hf_to_gguf.py) would write of
 the exported directory. What the format can't say (another architecture, another split of texts) is
@@ -51,19 +51,16 @@ def architecture_of(config: dict[str, Any]) -> str:
     name = config["model_type"]
     windows = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if name not in _SAME or (windows and name in _SAME):
-        problem = (
-            f"only {', '.join(_SAME)} can be written as GGUF, without sliding windows, and this "
+        problem = f"only {', '.join(_SAME)} can be written as GGUF, without sliding windows"
+        problem += f", and this model is {name}" + (
+            f" with windows of {windows}" if windows else ""
         )
-        problem += f"model is {name}"
-        problem += f" with windows of {windows}" if windows else ""
         raise UserError("format", problem, _TODO)
     heads = config["num_attention_heads"]
     head = config.get("head_dim") or config["hidden_size"] // heads
     if name == "qwen2" and head * heads != config["hidden_size"]:
-        problem = (
-            f"llama.cpp's qwen2 has heads of {config['hidden_size']:,} columns in all, and this "
-        )
-        raise UserError("format", f"{problem}model of {head * heads:,}", _TODO)
+        problem = f"the heads of llama.cpp's qwen2 have {config['hidden_size']:,} columns in all"
+        raise UserError("format", f"{problem}, and this model's {head * heads:,}", _TODO)
     if config["rope_parameters"]["rope_type"] == "llama3" and _SAME[name] != "llama":
         raise UserError("format", f"llama.cpp's {name} has no rotary positions of llama3", _TODO)
     return _SAME[name]
@@ -74,8 +71,8 @@ def write_gguf(
     tensors: Callable[[], Iterable[tuple[str, Tensor]]], dtype: str,
 ) -> None:  # fmt: skip
     """Write the file. name: of the model; files: contents of the files beside the weights, by name;
-    tensors: gives the weights by their names in transformers, twice,
-    as only one is in memory at a time; dtype: a key of FORMATS, of all matrices."""
+    tensors: gives the weights by their names in transformers, and is called twice, as only one of
+    them is in memory at a time; dtype: a key of FORMATS, of all matrices."""
     gguf = package_of(path)
     config = files[CONFIG]
     architecture, kind = architecture_of(config), FORMATS[dtype]
@@ -90,11 +87,10 @@ def write_gguf(
     divisors = _add_rope(writer, config)
     raw = files.get(TEMPLATE) or files["tokenizer_config.json"].get("chat_template")
     for key, value in vocabulary(tokenizer, config, default_template(raw)).items():
-        of_numbers = gguf.GGUFValueType.STRING if key.endswith("merges") else None
         form = gguf.GGUFValueType.get_type(value)
         if isinstance(value, int) and not isinstance(value, bool):
             form = gguf.GGUFValueType.UINT32
-        writer.add_key_value(f"tokenizer.{key}", value, form, sub_type=of_numbers)
+        writer.add_key_value(f"tokenizer.{key}", value, form)
 
     def stored() -> Iterator[tuple[str, np.ndarray, Any]]:
         if divisors is not None:
