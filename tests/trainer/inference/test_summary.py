@@ -61,13 +61,13 @@ def test_a_prompt_holds_no_reference_of_a_command():
     assert summary.first_words(dataset) == "echo from"
 
 
-@pytest.mark.parametrize("mixer", ["attention", "mingru"])
+@pytest.mark.parametrize("head", ["linear", "dense"])
 def test_the_summary_names_an_export_only_of_a_model_that_has_one(
-    small_data, tmp_path, capsys, mixer
+    small_data, tmp_path, capsys, head
 ):
-    started = start(make_job(small_data, tmp_path / "runs", "first", f"model.mixer={mixer}"))
+    started = start(make_job(small_data, tmp_path / "runs", "first", f"model.head={head}"))
     summary.summarize(started, lambda words: 0)
-    assert ("forescale export " in capsys.readouterr().out) == (mixer == "attention")
+    assert ("forescale export " in capsys.readouterr().out) == (head == "linear")
 
 
 def test_the_summary_names_what_each_objective_s_model_can_do(small_data, tmp_path, capsys):
