@@ -91,6 +91,7 @@ def test_a_fine_tuning_has_the_losses_of_plain_pytorch(words, llama, forescale):
     assert losses[-1] < losses[0] - 0.1
     scores = json.loads(forescale.prints("eval", "sft", "split=train", "--json"))
     assert scores["loss"] == pytest.approx(loss_of().item(), abs=1e-4)
+    assert scores["windows"] == len(CHATS), "one a row, as they are scored"
 
 
 def test_preferences_have_the_losses_of_plain_pytorch(llama, forescale):
