@@ -135,8 +135,8 @@ class Model(nn.Module):
             logits.float().mT, targets_BL, ignore_index=-100, reduction="none"
         )
         return losses.sum(1)
-own = {**keys, "model": {"_target_": Model, "width": 8}, "optimizer": "adamw"}
-trained = forescale.train(run=dict(name="own"), **own).model(trust=True)
+classes = {**keys, "model": {"_target_": Model, "width": 8}, "optimizer": "adamw"}
+trained = forescale.train(run=dict(name="own"), **classes).model(trust=True)
 trained.embedding.weight.shape[1], type(trained).__name__
 """
 
