@@ -152,6 +152,13 @@ def events(run: Path) -> list[str]:
     return [json.loads(line)["kind"] for f in files for line in f.read_text().splitlines()]
 
 
+def texts(run: Path) -> list[tuple[int, str, str]]:
+    """Return the step, the prompt and the text of each that the run has written, in order."""
+    files = sorted(run.glob("attempts/*/events.jsonl"))
+    rows = [json.loads(line) for f in files for line in f.read_text().splitlines()]
+    return [(r["step"], r["prompt"], r["text"]) for r in rows if r["kind"] == "text_written"]
+
+
 TRAJECTORY = ("step", "g0", "g1", "tokens", "tokens_hash", "loss", "grad_norm", "learning_rate")
 
 

@@ -5,11 +5,26 @@ from tests.distributed import small
 
 def losses(cases, steps):
     """For each [stage, optimizer, precision, clip, offload]: [loss, norm] of every step, while
-    weight decay falls to 0 and the batch grows."""
+    weight decay falls to 0 and the batch grows; and the gradient norm of each layer at the first
+    step."""
     _newton_schulz_in_fp32()
-    engines = (small.build(*case) for case in cases)
-    over = {"micro_batches": small.grown, "decay": lambda step: 1 - step / steps}
-    return [small.train(engine, range(steps), **over) for engine in engines]
+    results = []
+    for case in cases:
+        engine, norms = small.build(*case), {}
+        engine.norms_at = lambda step: step == 1
+        engine.train_step = _recorded(engine.train_step, norms)
+        over = {"micro_batches": small.grown, "decay": lambda step: 1 - step / steps}
+        results.append([small.train(engine, range(steps), **over), norms])
+    return results
+
+
+def _recorded(train_step, norms):
+    def recorded(*arguments, **named):
+        facts = train_step(*arguments, **named)
+        norms.update(facts.layer_norms)
+        return facts
+
+    return recorded
 
 
 def dropped(cases):

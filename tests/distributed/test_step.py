@@ -13,8 +13,9 @@ CASES = [[stage, kind, "fp32", 2.0, False] for stage in range(4) for kind in KIN
 OFFLOAD = [[stage, kind, "fp32", 2.0, True] for stage in (1, 2, 3) for kind in ("adamw", "muon")]
 
 
-def plain_losses(kind: str, clip: float) -> list[list[float]]:
-    """The same training without DeepSpeed, ranks or micro-batches: whole batches, one process."""
+def plain_losses(kind: str, clip: float) -> tuple[list[list[float]], dict[str, float]]:
+    """The same training without DeepSpeed, ranks or micro-batches: whole batches, one process; and
+    the gradient norm of each layer at the first step."""
     kind, _, is_cautious = kind.partition(" ")
     torch.manual_seed(0)
     model = small.Model()
@@ -34,6 +35,8 @@ def plain_losses(kind: str, clip: float) -> list[list[float]]:
         targets = torch.cat([m.targets for m in batch.micro])
         loss = model(tokens, targets).sum() / batch.targets
         loss.backward()
+        if step == 0:
+            layers = layers_of(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(trained, clip)
         olds = [[p.detach().clone() for p in group["params"]] for group in rest.param_groups]
@@ -51,7 +54,16 @@ def plain_losses(kind: str, clip: float) -> list[list[float]]:
                     p.sub_(group["lr"] * decay * decayed(old, p, True))
         model.zero_grad()
         rows.append([loss.item(), norm.item()])
-    return rows
+    return rows, layers
+
+
+def layers_of(model: torch.nn.Module) -> dict[str, float]:
+    squares: dict[str, float] = {}
+    for name, p in model.named_parameters():
+        layer = name.rpartition(".")[0] or name  # of this model, each module is one
+        if p.grad is not None:
+            squares[layer] = squares.get(layer, 0.0) + p.grad.double().square().sum().item()
+    return {layer: square**0.5 for layer, square in squares.items()}
 
 
 def decayed(old: torch.Tensor, new: torch.Tensor, is_cautious: bool | str) -> torch.Tensor:
@@ -97,8 +109,10 @@ def orthogonal_update(grad: torch.Tensor, momentum: torch.Tensor) -> torch.Tenso
 def test_every_stage_trains_like_plain_pytorch(size):
     cases = CASES + (OFFLOAD if size == 2 else [])
     results = ranks.run("step_scenarios:losses", size, cases=cases, steps=STEPS)
-    for case, rows in zip(cases, results, strict=True):
-        expected = torch.tensor(plain_losses(case[1], clip=2.0))
+    for case, (rows, layers) in zip(cases, results, strict=True):
+        losses, expected_layers = plain_losses(case[1], clip=2.0)
+        assert layers == pytest.approx(expected_layers, rel=1e-3, abs=1e-5), case
+        expected = torch.tensor(losses)
         assert (expected[:, 1] > 2.0).any(), "clipping must take part"
         got = torch.tensor(rows)
         torch.testing.assert_close(got[:, 0], expected[:, 0], rtol=1e-5, atol=1e-5, msg=f"{case}")

@@ -79,6 +79,7 @@ def pipeline_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:
         "lora.rank": (job.lora.rank, "write 0"),
         "train.invariant": (job.train.invariant, "write false"),
         "validation.abilities": (job.validation.abilities, "leave it out"),
+        "validation.prompts": (job.validation.prompts, "leave it out"),
         "precision": (job.precision.kind == "fp16", "choose bf16 or fp32"),
         "objective": (job.objective.are_preferences, "choose another"),
         "optimizer": (isinstance(job.optimizer, OwnOptimizerConfig), "choose adamw or muon"),

@@ -30,6 +30,7 @@ from forescale.engine.compilation import (
 )
 from forescale.engine.determinism import set_compiler_mode
 from forescale.engine.invariant import Grid, Sums
+from forescale.engine.layer_norms import layer_norms
 from forescale.engine.layout import Layout
 from forescale.engine.parallel.experts import visible_to_deepspeed
 from forescale.engine.parallel.pipeline import Pipeline
@@ -49,13 +50,15 @@ class Facts:
 
     losses: sum of nats of each micro-batch, shape (n,); grad_norm: global; applied: False if the
     update was dropped. extra: further numbers by name, such as those of the model's `metrics()`
-    (see train/model.py); world.share takes their mean over ranks with the rest.
+    (see train/model.py); world.share takes their mean over ranks with the rest. layer_norms: those
+    of each layer's gradient, of all ranks, at the steps of `Engine.norms_at`.
     """
 
     losses: Tensor
     grad_norm: float
     applied: bool
     extra: dict[str, float | Tensor] = field(default_factory=dict)
+    layer_norms: dict[str, float] = field(default_factory=dict)
 
 
 def is_finite(loss: float, norm: float) -> bool:
@@ -119,6 +122,7 @@ class Engine:
         # For injected faults: may damage the weights before a step, given its number, and returns
         # a factor for its gradient.
         self.disturb: Callable[[int, nn.Module], float] | None = None
+        self.norms_at: Callable[[int], bool] = lambda step: False  # on all ranks alike
         # None: a row is a window. Else a function of the row losses of a micro-batch, its penalty
         # and the micro-batch: it returns the window losses, (B,), the penalty, and numbers to log.
         self.combine: Callable[..., tuple[Tensor, Any, dict[str, Tensor]]] | None = None
@@ -181,19 +185,21 @@ class Engine:
             extra["recomputed"] = float(again)
         if before_update is not None:
             before_update(batch, losses)
+        is_due = self.norms_at(batch.step + 1) and math.isfinite(norm)
+        norms = layer_norms(self) if is_due else {}
         # In fp16, with a loss scale to lower, DeepSpeed handles an overflow, and skips the update.
         is_scaled = self._deepspeed.fp16_enabled() and self.layout.loss_scale != 1.0
         overflowed = is_scaled and not math.isfinite(norm)
         if not overflowed and not may_apply(loss, norm):
             self.drop()
-            return Facts(losses, norm, False, extra)
+            return Facts(losses, norm, False, extra, norms)
         clipped = self.clip is not None and norm > self.clip
         self.mark("update")
         applied = self.apply(multiplier, self.clip / norm if clipped and self.clip else 1.0, decay)
         if applied and self._counters() is not None:
             self.module.updated()  # type: ignore[operator]
         self.has_stepped = True
-        return Facts(losses, norm, applied, extra)
+        return Facts(losses, norm, applied, extra, norms)
 
     def _gradient(self, batch) -> tuple[Tensor, float, float, int]:
         """Make the step's gradient. Return the losses of `backward`, what `measure` returns, and

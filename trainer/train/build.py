@@ -52,6 +52,7 @@ from forescale.train.model import prices_of
 from forescale.train.outer import Outer
 from forescale.train.preferences import PreferenceScore, evaluate_preferences, pooled_preferences
 from forescale.train.resume import ResumePoint
+from forescale.train.samples import Samples, prompt_ids
 
 S = TypeVar("S")
 
@@ -120,6 +121,15 @@ class Builder:
         questions = questions_of_job(self.job, self.sources)
         return Abilities(questions, self.engine, self.phases.mark) if questions else None
 
+    @cached_property
+    def _samples(self) -> Samples | None:
+        rows, tokenizer = prompt_ids(self.job, self.sources), self.sources.tokenizer
+        if not rows:
+            return None
+        decode, end = tokenizer.decode, self.sources.end_of_text
+        count = self.job.validation.prompt_tokens
+        return Samples(rows, count, decode, end, self.engine, self.phases.mark)
+
     @property
     def _window_length(self) -> int:
         return window_length(self.objective, self.job.train.sequence_length)
@@ -139,7 +149,10 @@ class Builder:
         judge = Guard(self.job.guard, rollbacks, point.guard)
         metrics = self._metrics(attempt, point.position, feed)
         due = self._every(self.job.validation.every)
-        validation = Validation(due, self._score, metrics.scored, self._abilities)
+        samples = self._samples
+        write = (lambda position: metrics.wrote(position, samples())) if samples else None
+        validation = Validation(due, self._score, metrics.scored, self._abilities, write)
+        self.engine.norms_at = validation.is_due
         live = self._live(metrics, point)
         saving = checkpoints, _ = self._checkpoints(attempt, judge, live)
         replay = self.job.guard.replay
@@ -258,6 +271,7 @@ class Builder:
             self.prediction,
             job.objective.targets,
             self.prediction.band(job) if self.prediction else None,
+            job.validation.prompts,
         )
 
     def _prices(self, each: float, peak: float) -> Callable[[int], tuple[Prices, Prices]]:

@@ -123,7 +123,8 @@ class Validation(Callback):
     """Scores the held-out splits when due.
 
     log: receives the position after the step, the scores by the splits' names, and the columns that
-    `abilities` returns (None: abilities are not measured).
+    `abilities` returns (None: abilities are not measured). write: receives the position last, where
+    texts are written.
     """
 
     phase = "evaluation"
@@ -134,8 +135,10 @@ class Validation(Callback):
         score: Callable[[bool], Mapping[str, Scored]],
         log: Callable[[Position, Mapping[str, Scored], Mapping[str, float]], None],
         abilities: Callable[[], Mapping[str, float]] | None = None,
+        write: Callable[[Position], None] | None = None,
     ):
         self._due, self._score, self._log, self._abilities = due, score, log, abilities
+        self._write = write
 
     def is_due(self, step: int) -> bool:
         return self._due(step)
@@ -149,6 +152,8 @@ class Validation(Callback):
         """Score now. Every rank calls it together."""
         scores = self._score(position.step == self._due.last)
         self._log(position, scores, self._abilities() if self._abilities else {})
+        if self._write:
+            self._write(position)
 
 
 class Checkpoints(Callback):

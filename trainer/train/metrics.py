@@ -6,7 +6,7 @@ Invariant: metrics.jsonl holds one `train` row per step, with all digits, whatev
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +29,9 @@ class Tracker(Protocol):
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Take the numbers of one row, by flat names."""
+
+    def write(self, texts: dict[str, str], step: int) -> None:
+        """Take texts by flat names."""
 
     def finish(self) -> None:
         """Wait until everything is written."""
@@ -55,7 +58,8 @@ class Metrics(Callback):
     peak_rates: peak learning rate of each parameter group; memory: returns bytes; lost: the members
     already reported as damaged; prediction: what the final validation loss is compared with; band:
     what the training loss is;
-    targets: what validation losses are of, if not of tokens: the rows name it as `scored`.
+    targets: what validation losses are of, if not of tokens: the rows name it as `scored`;
+    prompts: of the texts that `wrote` receives.
     """
 
     def __init__(
@@ -71,11 +75,13 @@ class Metrics(Callback):
         prediction: PredictionInterval | None = None,
         targets: str = "tokens",
         band: Band | None = None,
+        prompts: Sequence[str] = (),
     ):
         self.attempt, self.prices, self.peak_rates = attempt, prices, peak_rates
         self.line, self.trackers, self.memory, self.is_main = line, trackers, memory, is_main
         self.lost = set(lost)
         self.prediction, self.targets, self.band = prediction, targets, band
+        self.prompts = prompts
 
     def see(self, step: Step, summary: StepSummary) -> None:
         """Write the step's row, its events and its line."""
@@ -130,6 +136,7 @@ class Metrics(Callback):
             "seconds": {k: round(v, 6) for k, v in seconds.items()},
             **({"quarantined": p.quarantined} if p.quarantined else {}),
             **{f"extra.{name}": value for name, value in summary.extra.items()},
+            **({"layer_norms": norms} if (norms := step.facts.layer_norms) else {}),
             **({"band": band} if band else {}),
         }
 
@@ -180,6 +187,21 @@ class Metrics(Callback):
         if shares := in_words(row):
             self.line.print(f"step {row['step']:,}: {shares}")
         self._send(row)
+
+    def wrote(self, position: Position, texts: Sequence[str]) -> None:
+        """Log the texts that the model writes to the prompts, in their order."""
+        if not self.is_main:
+            return
+        step = position.step
+        for prompt, text in zip(self.prompts, texts, strict=True):
+            self.attempt.event("text_written", step=step, prompt=prompt, text=text)
+            self.line.print(f"step {step:,}: {prompt!r} goes on as {text!r}")
+        named = {
+            f"validation/text/{i}": p + t
+            for i, (p, t) in enumerate(zip(self.prompts, texts, strict=True))
+        }
+        for tracker in self.trackers:
+            tracker.write(named, step=step)
 
     def _send(self, row: dict[str, Any]) -> None:
         dataset = row.get("dataset", "validation")  # the name of all held-out text together

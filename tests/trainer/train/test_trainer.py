@@ -12,7 +12,8 @@ import pytest
 from forescale import open_run
 from tests import launching
 
-ABLE = ("validation.abilities=[copy,recall]", "validation.shots=[0]", "validation.questions=9")
+ABLE = ("validation.abilities=[copy,recall]", "validation.shots=[0]", "validation.questions=9",
+        "validation.prompts=[def,a b]", "validation.prompt_tokens=6")  # fmt: skip
 LENGTH = ("train.tokens=null", "train.steps=60", "checkpoint.every=20", "validation.every=20")
 
 
@@ -48,7 +49,7 @@ def test_a_run_learns_and_writes_its_rows(finished):
 @pytest.fixture(scope="module")
 def killed(dataset, tmp_path_factory):
     """(run directory, the command) of a run whose launcher was killed -9 after step 45; other than
-    the finished one, it measures abilities."""
+    the finished one, it measures abilities and writes texts."""
     folder = tmp_path_factory.mktemp("killed")
     command = (
         "run.name=cut",
@@ -84,6 +85,13 @@ def test_a_killed_run_resumes_bit_for_bit(finished, cut):
     for name in ("copy", "recall"):
         nats = {row[f"ability/{name}/0_nats"] for row in scores}
         assert len(nats) == 3, "each is of the weights of its step"
+    texts = launching.texts(run)
+    assert [(step, prompt) for step, prompt, _ in texts] == [
+        (step, prompt) for step in (20, 40, 60) for prompt in ("def", "a b")
+    ]
+    assert len({text for *_, text in texts}) > 3
+    (step, prompt, text) = texts[-1]
+    assert f"step {step}: {prompt!r} goes on as {text!r}" in output
 
 
 def weights(run):

@@ -211,11 +211,12 @@ def objective_problems(job: "TrainJob") -> ProblemIterator:
     reads, in keys of the job."""
     objective, layers = job.objective, getattr(job.model, "encoder_layers", 0)
     kind = objective.kind
-    if job.validation.abilities and not job.continues_text:
+    for name in ("abilities", "prompts") if not job.continues_text else ():
         problem = f"a model of objective={kind} continues no text"
         if objective.continues_text:
             problem = "are for a model that reads a text as one row and sees no later token"
-        yield "validation.abilities", problem, "leave it out"
+        if getattr(job.validation, name):
+            yield f"validation.{name}", problem, "leave it out"
     has_source = bool(objective.source_kind)
     has_one_row = objective.is_next_token or kind in ("responses", "preferences")
     writes = has_one_row or (has_source and not layers)

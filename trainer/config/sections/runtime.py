@@ -151,6 +151,14 @@ class ValidationConfig:
     shots: list[int] = key([0, 4])
     questions: int = key(QUESTIONS, ge=1, le=10**5)  # abilities: questions of a task at each number
 
+    prompts: list[str] = key(
+        [],
+        "texts that each evaluation goes on writing, to see what the model has learned: printed, "
+        "and sent to trackers (objectives that continue text)",
+    )
+    # prompts: the most tokens that are written to each; one is a forward pass of a row each
+    prompt_tokens: int = key(64, ge=1)
+
     def problems(self) -> ProblemIterator:
         yield from ability_problems(self.abilities, self.shots)
         if self.abilities and not self.shots:

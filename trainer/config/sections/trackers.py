@@ -10,9 +10,10 @@ imported only when it is opened.
 import importlib.util
 import netrc
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from html import escape
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
@@ -34,12 +35,14 @@ class TrackerConfig:
         """Raise UserError if its package or its account is missing; by default it needs none."""
 
     def open(self, run: Path, identity: Facts, config: Facts, first_step: int) -> Any:
-        """Return what has `log(values, step=...)` and `finish()`; rank 0 alone opens it.
+        """Return what has `log(values, step=...)`, `write(texts, step=...)` and `finish()`; rank 0
+        alone opens it.
 
         run: its directory, in which an older attempt may have written; identity: the content of its
         run.json; config: the job as plain values; first_step: the number of steps already made.
         values: numbers by names such as train/loss, validation/loss and, of one dataset of a
-        mixture, validation/NAME/loss.
+        mixture, validation/NAME/loss; texts: what the model writes to validation.prompts, by names
+        such as validation/text/0.
         """
         raise NotImplementedError
 
@@ -75,6 +78,11 @@ class _Tensorboard:
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, global_step=step)
+        self._writer.flush()
+
+    def write(self, texts: dict[str, str], step: int) -> None:
+        for name, text in texts.items():
+            self._writer.add_text(name, indented(text), global_step=step)
         self._writer.flush()
 
     def finish(self) -> None:
@@ -128,7 +136,22 @@ class WandbConfig(TrackerConfig):
             settings=wandb.Settings(disable_git=True),
         )
         tracker.config.update({**config, **facts}, allow_val_change=True)
-        return tracker
+        return _Wandb(tracker, wandb.Html)
+
+
+class _Wandb:
+    def __init__(self, run: Any, html: Callable[[str], Any]):
+        self._run, self._html = run, html
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self._run.log(values, step=step)
+
+    def write(self, texts: dict[str, str], step: int) -> None:
+        pages = {name: self._html(f"<pre>{escape(text)}</pre>") for name, text in texts.items()}
+        self._run.log(pages, step=step)
+
+    def finish(self) -> None:
+        self._run.finish()
 
 
 @dataclass
@@ -167,9 +190,19 @@ class _Trackio:
     def __init__(self, run: Any):
         self.log, self._run = run.log, run
 
+    def write(self, texts: dict[str, str], step: int) -> None:
+        from trackio import Markdown
+
+        self.log({name: Markdown(indented(text)) for name, text in texts.items()}, step=step)
+
     def finish(self) -> None:
         with redirect_stdout(StringIO()):
             self._run.finish()
+
+
+def indented(text: str) -> str:
+    """Return a text as Markdown that shows it as it is."""
+    return "\n".join(f"    {line}" for line in text.split("\n"))
 
 
 def has_account() -> bool:

@@ -22,6 +22,7 @@ Array = NDArray[np.float64]
 X = ("step", "tokens", "flops", "time")  # the x axes
 _FIELDS = {"loss": "loss", "grad_norm": "grad_norm", "tokens_per_second": "tokens_per_second"}
 _FIELDS |= {"mfu": "mfu", "memory": "memory_bytes"}
+LAYERS = "layer_norms"
 _RATE, _EXTRA, _BAND = "learning_rate.", "extra.", "band."
 
 
@@ -39,9 +40,9 @@ class Line:
 @dataclass
 class Curves:
     """The curves of a run. lines: by name, such as "loss" or "learning_rate.muon"; scores: for each
-    held-out dataset its losses, bits per byte and abilities; band: that of the loss by its
-    forecast, if it has one; dropped: losses of steps that a
-    rollback or restart discarded; broken: steps whose loss was not finite; per_point: steps of a
+    held-out dataset its losses, bits per byte and abilities, and for each layer its LAYERS; band:
+    that of the loss by its forecast, if it has one; dropped: losses of steps that a rollback or
+    restart discarded; broken: steps whose loss was not finite; per_point: steps of a
     point."""
 
     lines: dict[str, Line] = field(default_factory=dict)
@@ -93,9 +94,12 @@ def read_curves(run: Run, most: int = 3000) -> Curves:
     """Return the curves of a run, of at most `most` points each. Raises UserError for a damaged
     row."""
     columns, scores = _Columns(), dict[tuple[str, int], Row]()
+    layers: dict[int, dict[str, float]] = {}
     for row, _ in each_row(run.metrics):
         if row.get("kind") == "train":
             columns.add(row)
+            if LAYERS in row:
+                layers[row["step"]] = row[LAYERS]
         elif row.get("kind") == "validation":
             scores[row.get("dataset", "validation"), row["step"]] = row
     arrays = columns.arrays()
@@ -111,7 +115,7 @@ def read_curves(run: Run, most: int = 3000) -> Curves:
     sides = [curves.lines.pop(_BAND + side, None) for side in ("center", "low", "high")]
     if (center := sides[0]) and sides[1] and sides[2]:
         curves.band = Line(center.x, center.y, sides[1].y, sides[2].y)
-    curves.scores = _scores(scores, curves)
+    curves.scores = {**_scores(scores, curves), **_layers(layers, curves)}
     curves.dropped = [*_dropped(run, curves, most)]
     return curves
 
@@ -146,6 +150,15 @@ def _scores(rows: dict[tuple[str, int], Row], curves: Curves) -> dict[str, dict[
             if np.isfinite(y).any():
                 lines.setdefault(dataset, {})[key] = Line(x, y)
     return lines
+
+
+def _layers(norms: dict[int, dict[str, float]], curves: Curves) -> dict[str, dict[str, Line]]:
+    """Return the line of each layer; norms: of the layers, by step."""
+    at = [curves.at(step) for step in norms]
+    x = {name: np.array([place.get(name, np.nan) for place in at]) for name in X}
+    names = dict.fromkeys(name for of in norms.values() for name in of)
+    ys = {name: np.array([of.get(name, np.nan) for of in norms.values()]) for name in names}
+    return {name: {LAYERS: Line(x, y)} for name, y in ys.items()}
 
 
 def _dropped(run: Run, curves: Curves, most: int) -> Iterable[Line]:

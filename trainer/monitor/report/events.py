@@ -20,7 +20,7 @@ _SORTS = {
 }  # fmt: skip
 # Events that are told otherwise, or that every run has all the time.
 _ELSEWHERE = {"checkpoint_saved", "checkpoint_deleted", "snapshot_saved"}
-_ELSEWHERE |= {"exactness", "ended", "rollback", "forecast_anew"}
+_ELSEWHERE |= {"exactness", "ended", "rollback", "forecast_anew", "text_written"}
 _LONGEST = 200  # characters of one fact
 _COMMON = ("kind", "attempt", "time", "step", "crc")  # of every row, beside its facts
 # The sorts, in the order of the key: a sign, a colour, and what it means.

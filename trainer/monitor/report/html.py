@@ -68,6 +68,7 @@ def page(runs: Sequence[Run], x: str, command: Sequence[str]) -> str:
         summary=tables.summary(reported),
         sections=[
             *_charts(charts, curves, reported),
+            *tables.texts(reported),
             tables.time_use(reported),
             *tables.sizes(reported),
             tables.events(reported),
@@ -98,9 +99,9 @@ def _charts(
     main.pictures = [_chart(loss, curves, heading=False)]
     main.after = _notes(curves)
     held = Section("held-out", "Held-out text", pictures=[_chart(p, curves) for p in rest[:2]])
-    measured = [_chart(p, curves) for p in rest[2:] if p.held]
+    measured = [_chart(p, curves) for p in rest[2:] if p.held and not p.graded]
     abilities = Section("abilities", "What it can do", pictures=measured)
-    others = [_chart(p, curves) for p in rest[2:] if not p.held]
+    others = [_chart(p, curves) for p in rest[2:] if p.graded or not p.held]
     training = Section("training", "How it trained", pictures=others)
     return [main, held, *([abilities] if measured else []), training]
 

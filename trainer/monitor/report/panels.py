@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from forescale.monitor.report.curves import Array, Curves, Line
+from forescale.monitor.report.curves import LAYERS, Array, Curves, Line
 from forescale.monitor.report.events import LOOKS, Event
 from forescale.pages.figure import LINES, rounded
 from forescale.run.abilities import column_of
@@ -21,7 +21,8 @@ _RATES, _EXTRA = "learning_rate.", "extra."
 @dataclass(frozen=True)
 class Panel:
     """One chart. lines: the names of its lines; a run is drawn with those that it has; held: the
-    score of held-out datasets that is drawn instead, "" for none; log: the y axis is logarithmic;
+    score of held-out datasets, or of layers, that is drawn instead, "" for none; graded: its lines
+    get darker in their order; log: the y axis is logarithmic;
     zero: it begins at 0; factor: multiplies the numbers; events: rollbacks, failures and the like
     are marked; smooth: a running median is drawn too; absent: the sentence if there are no numbers.
     """
@@ -30,6 +31,7 @@ class Panel:
     title: str
     lines: tuple[str, ...] = ()
     held: str = ""
+    graded: bool = False
     log: bool = False
     zero: bool = False
     factor: float = 1.0
@@ -70,9 +72,12 @@ def panels(runs: Sequence[RunCurves]) -> list[Panel]:
     rates = tuple(name for name in names if name.startswith(_RATES))
     rate = Panel("learning-rate", "Learning rate", rates, zero=True,
                  absent="No row has a learning rate.")  # fmt: skip
-    others = [Panel("memory", "Memory of rank 0 (GiB)", ("memory",), zero=True, factor=2**-30)] * (
-        "memory" in names
-    )
+    others = [
+        Panel("layer-norms", "Gradient norm of each layer, the last ones darkest", held=LAYERS,
+              graded=True, log=True, absent="No step before an evaluation was made."),
+        *[Panel("memory", "Memory of rank 0 (GiB)", ("memory",), zero=True, factor=2**-30)]
+        * ("memory" in names),
+    ]  # fmt: skip
     others += [
         Panel(f"extra-{i}", name.removeprefix(_EXTRA).replace("_", " "), (name,), smooth=True)
         for i, name in enumerate(n for n in names if n.startswith(_EXTRA))

@@ -46,9 +46,12 @@ function seriesOf(panel) {
     if (state.hidden.has(i)) return;
     const common = {run, colour: run.colour, pattern: run.dash, factor: panel.factor};
     if (panel.held) {
-      Object.entries(run.scores).forEach(([dataset, of], n) => {
-        if (of[panel.held]) series.push({...common, ...of[panel.held], dots: true, thin: n > 0,
-          label: Object.keys(run.scores).length > 1 ? `${run.label}, ${dataset}` : run.label});
+      const scored = Object.entries(run.scores).filter(([, of]) => of[panel.held]);
+      scored.forEach(([name, of], n) => {
+        const shade = Math.round(64 + 191 * n / Math.max(scored.length - 1, 1)).toString(16);
+        series.push({...common, ...of[panel.held], dots: true, thin: n > 0,
+          colour: panel.graded ? run.colour + shade : run.colour,
+          label: scored.length > 1 ? `${run.label}, ${name}` : run.label});
       });
       return;
     }

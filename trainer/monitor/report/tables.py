@@ -22,6 +22,7 @@ from forescale.monitor.status import Status
 from forescale.pages.document import Cell, Section, code, number, percent, whole
 from forescale.resilience.outcome import launch_of
 from forescale.run.certificate import nearest
+from forescale.run.rows import select
 
 # The colours of the buckets of time, in their order; what is not in it is grey.
 _SHADES = {
@@ -30,6 +31,7 @@ _SHADES = {
     "lost": "#b3261e", "waiting": "#8b949e", "queue": "#c3c9d0",
 }  # fmt: skip
 _MOST_ROWS = 300  # of the events
+_MOST_TEXTS = 12  # of a run, the newest
 _MISSING: Cell = "-"
 _ACCURACY = "held-out accuracy"  # of preferences
 _COLUMNS = 4  # so many runs are columns of the summary; more are its rows
@@ -160,6 +162,25 @@ def events(runs: Sequence[ReportedRun]) -> Section:
     if len(rows) > _MOST_ROWS:
         section.after = [f"And {len(rows) - _MOST_ROWS:,} more, in the runs' events.jsonl."]
     return section
+
+
+def texts(runs: Sequence[ReportedRun]) -> list[Section]:
+    """Return the newest texts that the runs have written at evaluations, in a section if any
+    has."""
+    several = len(runs) > 1
+    rows: list[list[Cell]] = []
+    for run in runs:
+        attempts = [a for launch in run.status.goodput.launches for a in launch.attempts]
+        every = [row for a in attempts for row in run.status.rows_of_events(a)]
+        newest = {(r["step"], r["prompt"]): r["text"] for r in select(every, kind="text_written")}
+        for step, prompt in sorted(newest, reverse=True)[:_MOST_TEXTS]:
+            text = Markup("<pre><b>{}</b>{}</pre>").format(prompt, newest[step, prompt])
+            rows.append([*[run.label] * several, whole(step), text])
+    if not rows:
+        return []
+    section = Section("texts", "What it writes", head=True, columns="last")
+    section.rows = [[*["run"] * several, "step", "the prompt, and what follows"], *rows]
+    return [section]
 
 
 def checkpoints(runs: Sequence[ReportedRun]) -> Section:

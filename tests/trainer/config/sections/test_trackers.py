@@ -137,6 +137,7 @@ def logged(dataset, tmp_path_factory):
         "logging.trackio.enabled=true",
     )
     everything += ("logging.wandb.group=g", "logging.wandb.tags=[t]")
+    everything += ("validation.prompts=[def]", "validation.prompt_tokens=4")
     command = ("run.name=all", f"data.path={dataset}", *LENGTH, *everything)
     places = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio")}
     return folder / "all", launching.train(folder, *command, cold=True, **places)
@@ -163,6 +164,10 @@ def test_tensorboard_has_every_row(logged):
     assert [step for step, _ in losses] == [row["step"] for row in rows]
     assert [value for _, value in losses] == pytest.approx([row["loss"] for row in rows])
     assert [e.step for e in events.Scalars("validation/bits_per_byte")] == [8]
+    assert events.Scalars("train/layer_norms/head")[0].value > 0
+    (text,) = events.Tensors("validation/text/0/text_summary")
+    ((_, prompt, rest),) = launching.texts(run)
+    assert text.tensor_proto.string_val[0].decode() == trackers.indented(prompt + rest)
 
 
 @pytest.mark.slow  # a real run with profiler, wandb and TensorBoard
@@ -176,6 +181,9 @@ def test_trackio_has_every_row(logged):
     losses = [(step, of["train/loss"]) for step, of in values if "train/loss" in of]
     assert losses == [(row["step"], pytest.approx(row["loss"])) for row in launching.rows(run)]
     assert {name for name, _, _ in rows} == {f"all-{read_json(run / 'run.json')['wandb_id'][:6]}"}
+    (text,) = [of["validation/text/0"] for _, of in values if "validation/text/0" in of]
+    ((_, prompt, rest),) = launching.texts(run)
+    assert text["_value"] == trackers.indented(prompt + rest)
     assert "Trackio" not in output
 
 
@@ -187,6 +195,7 @@ def test_wandb_holds_every_row_and_asks_nothing(logged):
     rows = [r for r in wandb_records(file) if r.HasField("history")]
     keys = [{"/".join(i.nested_key) or i.key for i in r.history.item} for r in rows]
     assert sum("train/loss" in each for each in keys) == len(launching.rows(run))
+    assert any("validation/text/0/path" in each for each in keys)
     assert "(1)" not in output  # the menu of its log-in
     assert "Next:" in output
 
