@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from forescale.data.dataset import Dataset
     from forescale.inference.view import RunView
     from forescale.plan.view import PlanView
-    from forescale.resilience.notebook import Ended
+    from forescale.resilience.notebook import CommandResult
     from forescale.scaling.view import StudyView
 
 __all__ = [
@@ -186,7 +186,7 @@ def _call(
     words: Sequence[str],
     keys: Mapping[str, Any],
     show: Show,
-) -> "Ended":
+) -> "CommandResult":
     """Run a verb; see resilience/notebook.py."""
     from forescale.monitor.live_loss import LiveLoss
     from forescale.resilience.notebook import arguments, call
@@ -200,7 +200,7 @@ def _call(
     return call(verb, command, show)
 
 
-def _trained(ended: "Ended") -> "RunView":
+def _trained(ended: "CommandResult") -> "RunView":
     return open_run(ended.result()["path"])
 
 

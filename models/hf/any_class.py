@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from forescale.models.positions.position import document_starts, positions_of
 
 IGNORED = -100
-_WAYS = ("positions", "masks")  # how documents stay apart: by positions alone, or a mask too
+_SEPARATIONS = ("positions", "masks")  # how documents stay apart: by positions alone, or a mask too
 _PASTS = ("cache", "past_key_values")  # the argument that takes the cache, by version
 # What a config may say of the machine, or of code and kernels elsewhere.
 _UNREAD = {"auto_map", "dtype", "torch_dtype", "quantization_config", "attn_implementation"}
@@ -127,7 +127,7 @@ class AnyModel(nn.Module):
         self.takes = {*inspect.signature(self.inner.forward).parameters}
         balance = getattr(text, "router_aux_loss_coef", 0.0)
         self.balance = balance if getattr(text, "output_router_logits", False) else 0.0
-        self.way = ""
+        self.separation = ""
         if documents:
             self._choose_way()
 
@@ -244,7 +244,7 @@ class AnyModel(nn.Module):
         starts, length = document_starts(documents_BL), documents_BL.shape[1]
         positions = positions_of(length, documents_BL.device, None, starts)
         options: dict[str, Any] = {"position_ids": positions.expand_as(documents_BL)}
-        if self.way == "masks":
+        if self.separation == "masks":
             same = documents_BL[:, None, :, None] == documents_BL[:, None, None]
             visible, dtype = same if self.masked else same.tril(), next(self.parameters()).dtype
             mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
@@ -260,7 +260,7 @@ class AnyModel(nn.Module):
         refused = ValueError(f"{problem}; leave data.document_mask out")
         if "position_ids" not in self.takes:
             raise refused
-        self.way = _WAYS[0]
+        self.separation = _SEPARATIONS[0]
         if next(self.parameters()).is_meta:
             return
         self.eval()
@@ -268,7 +268,7 @@ class AnyModel(nn.Module):
         row_1L, documents_1L = columns_1L * 7 + 3, columns_1L // 5
         whole = torch.cat([self(row_1L[:, :5]), self(row_1L[:, 5:])], 1)
         has_window = getattr(self.inner.config.get_text_config(), "sliding_window", None)
-        for self.way in _WAYS[:1] if has_window else _WAYS:
+        for self.separation in _SEPARATIONS[:1] if has_window else _SEPARATIONS:
             logits = self(row_1L, documents_BL=documents_1L)
             if (logits - whole).abs().max() < _TOLERANCE * whole.std():
                 self.train()

@@ -40,13 +40,13 @@ from forescale.models.hf.any_class import AnyModel
 from forescale.models.hf.pieces import config_of, pieces_of
 from forescale.run.directory import GGUF, Run, expect_free, new_run
 from forescale.run.identity import code_and_id
-from forescale.run.start import versions, with_config
+from forescale.run.start import versions, with_its_config
 
 _LONGEST = 1 << 15  # tokens, of a class without positions; any number would do
 
 
 @dataclass(frozen=True)
-class Carried:
+class ImportedModel:
     """A model as a run holds it: its config, weights and class; its ids and longest sequence."""
 
     model: ModelConfig | TargetConfig
@@ -82,10 +82,10 @@ def import_hf(
     """
     expect_free(run)
     directory = _opened(source)
-    carried = _carried(directory)
-    parts, architecture = carried.parts, carried.architecture
-    vocabulary = _vocabulary(directory, carried.vocab_size, tokenizer, end_of_text)
-    job = _job(run, carried)
+    imported = _imported(directory)
+    parts, architecture = imported.parts, imported.architecture
+    vocabulary = _vocabulary(directory, imported.vocab_size, tokenizer, end_of_text)
+    job = _job(run, imported)
     numbers, size = sum(p.data.numel() for p in parts), sum(p.data.nbytes for p in parts)
     result = Imported(run, architecture, numbers, size)
     meter = Meter(progress, "import weights", size, "bytes")
@@ -134,7 +134,7 @@ def _opened(source: Path) -> HfDirectory | GgufFile:
     return GgufFile(source) if source.suffix == GGUF else HfDirectory(source)
 
 
-def _carried(directory: HfDirectory | GgufFile) -> Carried:
+def _imported(directory: HfDirectory | GgufFile) -> ImportedModel:
     """Return the model as one of ours, or as a class of transformers if its family is none of ours.
     Raises UserError if it is neither."""
     family = directory.config.get("model_type")
@@ -156,13 +156,13 @@ def _carried(directory: HfDirectory | GgufFile) -> Carried:
         raise UserError(where, problem, todo) from None
     parts, sizes = list(_parts(directory, model)), model.sizes
     architecture = FAMILIES[directory.config["model_type"]].architecture
-    return Carried(model, parts, architecture, sizes.vocab_size, sizes.max_sequence_length)
+    return ImportedModel(model, parts, architecture, sizes.vocab_size, sizes.max_sequence_length)
 
 
-def _class_of(directory: HfDirectory, problem: str) -> Carried:
+def _class_of(directory: HfDirectory, problem: str) -> ImportedModel:
     """Return the model as its class of transformers. problem: why it is none of ours."""
     _ = directory.tensors  # whole files, and no pickles
-    model = with_config(TargetConfig(ANY_CLASS, {"name": str(directory.path)}))
+    model = with_its_config(TargetConfig(ANY_CLASS, {"name": str(directory.path)}))
     try:
         module = AnyModel(**model.arguments, vocab_size=0, sequence_length=0)
     except ValueError as e:
@@ -180,7 +180,7 @@ def _class_of(directory: HfDirectory, problem: str) -> Carried:
     ]
     text = module.inner.config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or _LONGEST
-    return Carried(model, parts, type(module.inner).__name__, text.vocab_size, longest)
+    return ImportedModel(model, parts, type(module.inner).__name__, text.vocab_size, longest)
 
 
 def _parts(directory: HfDirectory | GgufFile, model: ModelConfig) -> Iterator[Fragment]:
@@ -230,7 +230,7 @@ def _small_files(directory: HfDirectory | GgufFile, vocabulary: Vocabulary) -> d
     return files
 
 
-def _job(run: Run, carried: Carried) -> TrainJob:
+def _job(run: Run, imported: ImportedModel) -> TrainJob:
     """Return the job to freeze: the model, and defaults that nothing reads."""
     words = [f"run.name={run.name}", f"run.root={run.path.parent}", "schedule=constant"]
     words += [
@@ -240,5 +240,5 @@ def _job(run: Run, carried: Carried) -> TrainJob:
         "train.micro_batch=1",
     ]
     job = compose(TrainJob, words)
-    train = replace(job.train, sequence_length=carried.longest)
-    return replace(job, model=carried.model, train=train)
+    train = replace(job.train, sequence_length=imported.longest)
+    return replace(job, model=imported.model, train=train)

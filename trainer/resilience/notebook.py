@@ -30,7 +30,7 @@ Show = Callable[[str], object]
 See = Callable[[Mapping[str, Any]], object]
 
 
-class Ended(NamedTuple):
+class CommandResult(NamedTuple):
     """A command that has ended. facts: the fields of its document, or of all its lines together;
     lines: the last ones of its output for people."""
 
@@ -66,7 +66,9 @@ def arguments(
     return [*first, *words, *last]
 
 
-def call(verb: str, words: Sequence[str], show: Show, see: See = lambda facts: None) -> Ended:
+def call(
+    verb: str, words: Sequence[str], show: Show, see: See = lambda facts: None
+) -> CommandResult:
     """Run a verb with these words until it ends. show: called with each line for people; see: with
     each object for programs. An interrupt (Ctrl-C, the stop button of a notebook) asks the command
     to save and end; a second one ends it at once."""
@@ -94,7 +96,7 @@ def call(verb: str, words: Sequence[str], show: Show, see: See = lambda facts: N
             code = started.wait()
             if code != USER:  # else the error of the call says it
                 output.release()
-            return Ended(code, output.facts, output.last)
+            return CommandResult(code, output.facts, output.last)
         except KeyboardInterrupt:
             started.send_signal(signal.SIGINT)
         except BaseException:  # of show: the command must not go on unseen
@@ -104,7 +106,7 @@ def call(verb: str, words: Sequence[str], show: Show, see: See = lambda facts: N
 
 
 class _Output:
-    """What a command prints. facts: as of Ended; last: its last lines for people."""
+    """What a command prints. facts: as of CommandResult; last: its last lines for people."""
 
     def __init__(self, started: subprocess.Popen[str], show: Show, see: See):
         self.facts: dict[str, Any] = {}

@@ -24,7 +24,7 @@ _LONGEST = 500  # characters of it
 
 
 @dataclass(frozen=True)
-class Ended:
+class EndedTraining:
     """A training that has ended. code: its exit code; why: its last message, if it failed."""
 
     name: str
@@ -91,7 +91,7 @@ class Pool:
             )
         return self._processes[name].pid
 
-    def ended(self) -> list[Ended]:
+    def ended(self) -> list[EndedTraining]:
         """Return those that have ended since the last call."""
         ends = []
         for name, process in list(self._processes.items()):
@@ -100,7 +100,7 @@ class Pool:
             del self._processes[name]
             if name in self._used:
                 self._free.insert(0, self._used.pop(name))
-            ends.append(Ended(name, code, self._why(name, code)))
+            ends.append(EndedTraining(name, code, self._why(name, code)))
         return ends
 
     def _why(self, name: str, code: int) -> str:

@@ -55,12 +55,25 @@ def _check_vocabulary(folder: Path, sources: Sources) -> None:
         raise UserError(f"model.name={folder}", problem, todo)
 
 
+def _check_class(origin: Run, job: TrainJob) -> None:
+    """Raise UserError if the command names another directory for a class of transformers than the
+    origin has, whose config is its model."""
+    if not is_any_class(job.model):
+        return
+    base = thaw(TrainJob, origin.config, trust=True).model  # looked at, not run
+    stored = Path(base.arguments["name"]) if is_any_class(base) else None
+    if stored != Path(str(job.model.arguments["name"])).expanduser().resolve():
+        problem = f"a branch has the model of {job.run.origin.run}"
+        todo = "leave model and model.name out, or run.from.run, to begin with this directory"
+        raise UserError("model.name", problem, todo)
+
+
 def check_origin(job: TrainJob, sources: Sources) -> None:
     """Raise UserError if weights of transformers are of another tokenizer than the data, or if a
-    branch can't begin with its origin's state: its tokenizer differs; it
-    keeps the position in the data, and the data differ, or the clusters that share them; it would
-    end before it begins; or it continues with references that its origin doesn't have, or has for
-    other rows."""
+    branch can't begin with its origin's state: its tokenizer differs, or the directory of a class
+    of transformers; it keeps the position in the data, and the data differ, or the clusters that
+    share them; it would end before it begins; or it continues with references that its origin
+    doesn't have, or has for other rows."""
     run, origin = origin_of(job), job.run.origin
     if run is None:
         if is_any_class(job.model) and job.model.arguments["weights"]:
@@ -73,6 +86,7 @@ def check_origin(job: TrainJob, sources: Sources) -> None:
         problem = f"{origin.run} was trained with another tokenizer than that of {sources.where}"
         todo = f"build the data with `forescale shards ... tokenizer={run.tokenizer}`"
         raise UserError("run.from", problem, todo)
+    _check_class(run, job)
     if origin.load == "weights":
         return
     if how := run.weights_alone:

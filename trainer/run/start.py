@@ -245,13 +245,13 @@ def settle(job: TrainJob, sources: Sources) -> TrainJob:
     if sources.is_mixture and not job.data.weights and not job.objective.whole:
         job = replace(job, data=replace(job.data, weights=sources.default_weights()))
     if is_any_class(job.model):
-        return replace(job, model=with_config(job.model))
+        return replace(job, model=with_its_config(job.model))
     if not isinstance(job.model, ModelConfig):
         return job
     return replace(job, model=resolved_model(job, sources.vocab_size))
 
 
-def with_config(model: Any) -> TargetConfig:
+def with_its_config(model: Any) -> TargetConfig:
     """Return the model of model=transformers with the content of its directory's config.json, which
     a resume or an export on another machine then doesn't need. weights: whether the run begins with
     weights of the directory. Raises UserError if there is no such directory."""

@@ -16,7 +16,7 @@ from forescale.ground.errors import CRASHED, UserError
 from forescale.ground.storage import make_folder, write_file
 from forescale.resilience.launcher import stop_signals_handled_by
 from forescale.resilience.outcome import LaunchRecord, launch_of
-from forescale.resilience.pool import Ended
+from forescale.resilience.pool import EndedTraining
 from forescale.run.directory import Run
 from forescale.slurm import queue
 from forescale.slurm.submission import in_queue, newest, submissions
@@ -60,7 +60,7 @@ class QueuePool:
         self._stopped.discard(name)
         self._new[name] = shlex.join(word for word in words if not word.startswith("--"))
 
-    def ended(self) -> list[Ended]:
+    def ended(self) -> list[EndedTraining]:
         """Submit what is new, and return the runs that have left the queue since the last call."""
         if self._new:
             self._submit()
@@ -70,12 +70,12 @@ class QueuePool:
         self._asked = time.monotonic()
         return [self._end(name) for name in sorted(before - self._known)]
 
-    def _end(self, name: str) -> Ended:
+    def _end(self, name: str) -> EndedTraining:
         attempts = reversed(Run(self._folder / "runs" / name).attempts())
         records = (launch_of(attempt.path) for attempt in attempts)
         record = next((one for one in records if one), LaunchRecord())
         code = record.get("code")
-        return Ended(name, CRASHED if code is None else code, record.get("how", ""))
+        return EndedTraining(name, CRASHED if code is None else code, record.get("how", ""))
 
     def _submit(self) -> None:
         folder = self._folder / "waves"

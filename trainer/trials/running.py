@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from forescale.config.target import CELL
 from forescale.ground.console import span
 from forescale.ground.errors import DONE, GAVE_UP, INTERRUPTED, USER, UserError
-from forescale.resilience.pool import Ended, Pool
+from forescale.resilience.pool import EndedTraining, Pool
 from forescale.run.directory import Run
 from forescale.run.rows import read_rows
 from forescale.trials.campaign import Planned
@@ -159,7 +159,7 @@ class Runner:
         if why not in [row["why"] for row in ledger.of("stopped", attempt=number)[-1:]]:
             ledger.add("stopped", attempt=number, why=why)
 
-    def _enter(self, end: Ended, quietly: bool = False) -> None:
+    def _enter(self, end: EndedTraining, quietly: bool = False) -> None:
         """Enter a run that ended in the log. Raises UserError if it can't be had."""
         run = self.campaign.run(end.name)
         flops, seconds = _spent(run)

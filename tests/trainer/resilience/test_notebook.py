@@ -11,7 +11,7 @@ import forescale
 from forescale.config.job import overrides_of, words_of
 from forescale.config.train import TrainJob
 from forescale.ground.errors import CRASHED, DONE, INTERRUPTED, CommandFailed, UserError
-from forescale.resilience.notebook import Ended
+from forescale.resilience.notebook import CommandResult
 from forescale.run.command import job_of
 
 KEYS = dict(
@@ -194,11 +194,11 @@ def test_a_notebook(tmp_path, monkeypatch, small_data, notebook):
 
 
 def test_the_ends_of_a_command():
-    assert Ended(DONE, {"path": "runs/x"}, []).result() == {"path": "runs/x"}
+    assert CommandResult(DONE, {"path": "runs/x"}, []).result() == {"path": "runs/x"}
     with pytest.raises(KeyboardInterrupt, match="make the same call again"):
-        Ended(INTERRUPTED, {"path": "runs/x"}, []).result()
+        CommandResult(INTERRUPTED, {"path": "runs/x"}, []).result()
     with pytest.raises(CommandFailed, match="rank 0: boom") as failed:
-        Ended(CRASHED, {"error": {"verb": "train"}}, ["rank 0: boom\n"]).result()
+        CommandResult(CRASHED, {"error": {"verb": "train"}}, ["rank 0: boom\n"]).result()
     assert failed.value.code == CRASHED
 
 

@@ -61,6 +61,7 @@ def test_its_config_is_frozen_with_it(gemma, small_data, tmp_path, forescale):
     branch = ("run.name=branch", f"run.root={tmp_path}", *branch, "train.sequence_length=32")
     assert "The model is a class of transformers" in forescale.prints("plan", *branch)
     words = (*model_of(save_config("phi", tmp_path / "phi")), "train.sequence_length=32")
+    assert "a branch has the model of" in forescale.refuses("train", *branch, *words[:2])
     name = (f"run.name={gemma.path.name}", f"run.root={gemma.path.parent}")
     refused = forescale.refuses("train", *name, *words, "launch.processes=1")
     assert "model.config" in refused
