@@ -183,6 +183,13 @@ class AnyModel(nn.Module):
             if f"{name}.weight" in every and every[f"{name}.weight"] is not head
         }
 
+    def adaptable(self) -> list[str]:
+        """Return the names of the modules that can have an adapter: linear layers, but for the
+        head."""
+        head = self.inner.get_output_embeddings()
+        linear = ((n, m) for n, m in self.named_modules() if isinstance(m, nn.Linear))
+        return [name for name, module in linear if module is not head]
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As of any module, but the frequencies of rotations stay in fp32: rounded to bf16 they
         would turn distant tokens by other angles."""

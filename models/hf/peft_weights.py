@@ -46,6 +46,17 @@ def adapters_to_hf(
     }, weights
 
 
+def adapters_of_class(
+    state: Mapping[str, Tensor], rank: int, alpha: float
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the same for a class of transformers (any_class.py), whose modules have their own
+    names."""
+    names = {name: name.removeprefix("inner.") for name in state}
+    modules = dict.fromkeys(name.partition(".lora_")[0] for name in names.values())
+    settings = {"r": rank, "lora_alpha": alpha, "target_modules": [*modules], "bias": "none"}
+    return settings, {f"base_model.model.{names[n]}": w.contiguous() for n, w in state.items()}
+
+
 def _pairs(
     family: str, config: ModelConfig, state: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:

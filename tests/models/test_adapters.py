@@ -41,7 +41,7 @@ RANK = 3
 def built(config, *targets, stage=1, rank=RANK):
     lora = LoraConfig(rank, targets=list(targets))
     train, engine = SimpleNamespace(seed=1, init_seed=None), SimpleNamespace(stage=stage)
-    job = SimpleNamespace(lora=lora, train=train, engine=engine)
+    job = SimpleNamespace(model=config, lora=lora, train=train, engine=engine)
     model = Transformer(config, adapting(job, None))
     freeze(job, model)
     return model

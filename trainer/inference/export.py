@@ -32,7 +32,7 @@ from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
 from forescale.models.hf import FAMILIES, family_of, to_hf
 from forescale.models.hf.any_class import class_name
-from forescale.models.hf.peft_weights import adapters_to_hf
+from forescale.models.hf.peft_weights import adapters_of_class, adapters_to_hf
 from forescale.run.finetune import kept_template
 
 # Keys of an imported config.json that don't hold for the exported files.
@@ -204,12 +204,16 @@ def export_adapters(
     if not any(map(is_adapter, checkpoint.shapes)):
         todo = "leave adapter out: export then writes the whole model"
         raise UserError("adapter", f"{view.name} was trained without adapters", todo)
-    assert isinstance(job.model, ModelConfig)
     state = {name: checkpoint.tensor(name) for name in checkpoint.shapes if is_adapter(name)}
-    kind = family_of(job.model)
-    settings, weights = adapters_to_hf(kind, job.model, state, job.lora.rank, job.lora.alpha)
+    rank, alpha = job.lora.rank, job.lora.alpha
+    if isinstance(job.model, ModelConfig):
+        settings, weights = adapters_to_hf(family_of(job.model), job.model, state, rank, alpha)
+    else:
+        settings, weights = adapters_of_class(state, rank, alpha)
     weights = dict(map(partial(_rounded, _DTYPES[dtype]), weights.items()))
-    known = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    known = {"peft_type": "LORA", "base_model_name_or_path": base}
+    if not job.objective.sees_both_sides:
+        known["task_type"] = "CAUSAL_LM"
     options = {"lora_dropout": job.lora.dropout, "inference_mode": True}
     with _new_directory(to) as stage:
         (stage / "adapter_config.json").write_text(

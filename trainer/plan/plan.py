@@ -22,6 +22,7 @@ from forescale.data.prepare.corpus import VOCABULARY, PythonSource, embedded_pat
 from forescale.engine.deepspeed_check import problems_apart
 from forescale.ground.console import span
 from forescale.ground.errors import UserError
+from forescale.models.adapters import stored_name
 from forescale.models.config import ModelConfig
 from forescale.models.memory import cache_bytes
 from forescale.plan.bytes.memory import checkpoint_bytes, copy_bytes, outer_bytes, share_bytes
@@ -382,7 +383,8 @@ class Plan:
         """Number of parameters by kind, with the key "total"."""
         if isinstance(self.job.model, ModelConfig):
             return self.job.lora.counts(self.job.model)
-        return {"total": self.trained.numel}
+        adapters = {"trained adapters": self.trained.num_trained} if self.job.lora.rank else {}
+        return {"total": self.trained.numel, **adapters}
 
     @property
     def cache_bytes(self) -> int | None:
@@ -399,13 +401,15 @@ def _class_of_user(job: PlanJob, vocab_size: int) -> tuple[Inventory, TokenFlops
     values. Loads torch. Raises UserError if it can't be built."""
     import torch
 
-    from forescale.train.model import build_model, prices_of
+    from forescale.train.model import build_model, freeze, prices_of
     from forescale.train.probe import examine_model
 
     examine_model(job, vocab_size)
     with torch.device("meta"):
         model = build_model(job, vocab_size)
-    every = [Parameter(n, tuple(p.shape)) for n, p in model.named_parameters() if p.requires_grad]
+        freeze(job, model)
+    named = ((stored_name(n), p) for n, p in model.named_parameters())
+    every = [Parameter(n, tuple(p.shape), p.requires_grad) for n, p in named]
     names = getattr(model, "muon_parameters", None)
     prices = prices_of(job, model)
     parameters = inventory(job, every, names() if names else None)

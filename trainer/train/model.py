@@ -1,7 +1,7 @@
 """The model of a job, ours or a class of the user's own, its adapters, and its FLOPs per token.
 
-The adapters are those of the library peft, in the place of our modules (models/adapters.py has
-their names and costs). Invariant: what they begin with depends on the seed alone, and not on the
+The adapters are those of the library peft, in the place of our modules, or of a class of
+transformers (models/adapters.py has their names and costs). Invariant: what they begin with depends on the seed alone, and not on the
 stage or the ranks; B is 0, so the model begins as it was.
 
 The protocol for a class of the user's own, named by `model._target_=mypackage.Model`:
@@ -99,16 +99,20 @@ def prices_of(job: TrainJob, model: nn.Module, length: int | None = None) -> dic
         full = lora.flops_per_token(config, length)
         causal = lora.flops_per_token(config, length, causal=True)
         return {"full": full, "causal": causal, "six_n": lora.flops_6n(config)}
-    six_n = 6 * num_parameters(model)
+    trained = num_parameters(model)
+    six_n = 6 * trained
+    if job.lora.rank:  # a frozen matrix has a gradient of its input alone
+        six_n += 4 * (num_parameters(model, frozen=True) - trained)
     flops = getattr(model, "flops_per_token", None)
     full = flops(length) if flops else six_n
     return {"full": full, "causal": full, "six_n": six_n}
 
 
-def num_parameters(model: nn.Module) -> int:
-    """Return the number of trainable parameters, each counted once and in full, even if ZeRO-3 has
-    partitioned it."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+def num_parameters(model: nn.Module, frozen: bool = False) -> int:
+    """Return the number of trainable parameters, and of the frozen ones if `frozen`, each counted
+    once and in full, even if ZeRO-3 has partitioned it."""
+    counted = (p for p in model.parameters() if frozen or p.requires_grad)
+    return sum(getattr(p, "ds_numel", p.numel()) for p in counted)
 
 
 def describe(job: TrainJob, model: nn.Module) -> dict[str, Any]:
@@ -126,44 +130,72 @@ def adapting(job: TrainJob, divide: Divide | None) -> Divide | None:
 
     Raises UserError without peft.
     """
-    lora = job.lora
-    if not lora.rank:
+    if not job.lora.rank:
         return divide
-    try:
-        import peft
-    except ImportError:
-        problem = "needs the package peft, which is not installed"
-        raise UserError("lora.rank", problem, "pip install 'forescale[lora]'") from None
-    seed = job.train.seed if job.train.init_seed is None else job.train.init_seed
-    draws = torch.Generator().manual_seed(seed)
-    settings: dict[str, Any] = {
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-    }
+    adapt = _adapter(job)
 
     def adapted(module: nn.Module) -> nn.Module:
         module.requires_grad_(False)
         if isinstance(module, Block):
             inside = (n for n, part in module.named_modules() if isinstance(part, Linear))
-            if names := [name for name in inside if is_target(name, lora.targets)]:
-                config = peft.LoraConfig(**settings, target_modules=names)
-                with torch.random.fork_rng(devices=[]):  # later blocks draw as without adapters
-                    peft.inject_adapter_in_model(config, module)
-                _draw(module, draws)
+            if names := [name for name in inside if is_target(name, job.lora.targets)]:
+                adapt(module, names)
         return divide(module) if divide else module
 
     return adapted
 
 
+def _adapter(job: TrainJob) -> Callable[[nn.Module, list[str]], None]:
+    """Return a function that puts adapters beside the named matrices of a module. Raises UserError
+    without peft."""
+    try:
+        import peft
+    except ImportError:
+        problem = "needs the package peft, which is not installed"
+        raise UserError("lora.rank", problem, "pip install 'forescale[lora]'") from None
+    lora, seed = job.lora, job.train.init_seed
+    draws = torch.Generator().manual_seed(job.train.seed if seed is None else seed)
+    settings: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha}
+
+    def adapt(module: nn.Module, names: list[str]) -> None:
+        config = peft.LoraConfig(**settings, lora_dropout=lora.dropout, target_modules=names)
+        with torch.random.fork_rng(devices=[]):  # later parts draw as without adapters
+            peft.inject_adapter_in_model(config, module)
+        _draw(module, draws)
+
+    return adapt
+
+
+def _adapt_class(job: TrainJob, model: Any) -> None:
+    """Put adapters beside the linear layers of a class of transformers. Raises UserError if it has
+    none of lora.targets."""
+    every, targets = model.adaptable(), {*job.lora.targets}
+    names = [n for n in every if not targets or n in targets or targets & {*n.split(".")}]
+    if unknown := sorted(t for t in targets if not any(t in n.split(".") or t == n for n in every)):
+        last = dict.fromkeys(name.rpartition(".")[2] for name in every)
+        problem = f"no linear layer of the class is {unknown[0]!r}"
+        raise UserError("lora.targets", problem, f"choose from {', '.join(last)}")
+    if not names:
+        problem = "the class has no linear layer (torch.nn.Linear) for an adapter"
+        raise UserError("lora.rank", problem, "leave it out, and train all weights")
+    _adapter(job)(model, names)
+
+
 def freeze(job: TrainJob, model: nn.Module) -> None:
-    """Freeze what is in no large part of a model, such as norms, if the job has adapters.
+    """Freeze what is in no large part of a model, such as norms, if the job has adapters; a class
+    of transformers gets its adapters here.
 
     At stage 3 the first block's input gets a gradient, though nothing needs it: by it DeepSpeed
     sees that the block's backward pass is over, and would release its weights too early otherwise.
     """
     if not job.lora.rank:
         return
+    any_model: Any = model
+    if is_any_class(job.model):
+        _adapt_class(job, model)
+        entry = any_model.inner.get_input_embeddings()
+    else:
+        entry = any_model.dropout
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(stored_name(name)))
     if job.engine.stage == 3:
@@ -171,7 +203,7 @@ def freeze(job: TrainJob, model: nn.Module) -> None:
         def with_gradient(module: nn.Module, args: Any, x_BLD: Tensor) -> Tensor:
             return x_BLD.requires_grad_() if torch.is_grad_enabled() else x_BLD
 
-        model.dropout.register_forward_hook(with_gradient)  # type: ignore[union-attr]
+        entry.register_forward_hook(with_gradient)
 
 
 @torch.no_grad()

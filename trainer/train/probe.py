@@ -104,12 +104,14 @@ def examine_model(job: TrainJob, vocab_size: int) -> None:
 
     from forescale.engine.step import checked_losses
     from forescale.train.model import build_model
+    from forescale.train.model import freeze as freeze_weights
 
     assert isinstance(job.model, TargetConfig)
     named, where = [job.model.target], f"model._target_={job.model.target}"
     try:
         with torch.device("meta"):
             model = build_model(job, vocab_size)
+            freeze_weights(job, model)
     except Exception as e:
         if _is_of_meta(e):
             return

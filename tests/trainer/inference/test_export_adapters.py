@@ -12,6 +12,7 @@ from forescale.models.adapters import stored_name
 from forescale.run.directory import Parent
 from forescale.run.start import start
 from forescale.train.model import adapting, build_model, freeze
+from tests.models.hf.kinds import save_config
 from tests.trainer.small_run import make_dataset, make_job, make_run, save
 
 LLAMA = ("model.num_layers=2", "model.width=32", "model.num_heads=2", "model.num_kv_heads=1")
@@ -20,6 +21,7 @@ MUP = (*LLAMA, "model.parametrization=mup", "model.parametrization.base_width=16
 GPT2 = ("model.num_layers=2", "model.width=32", "model.num_heads=2", "model.position=learned")
 GPT2 += ("model.norm=layernorm", "model.bias=true", "model.mlp=gelu", "model.tie_embeddings=true")
 GPT2 += ("model.mixer.qk_norm=none",)
+CLASS = ("model=transformers", "model.name=mistral")
 
 
 class Stored:
@@ -58,11 +60,18 @@ def make(folder, model, *lora):
         (MUP, ("lora.rank=2", "lora.alpha=4")),
         (GPT2, ("lora.rank=3", "lora.targets=[query,value,mlp]")),
         (GPT2, ("lora.rank=2", "lora.targets=[query,key]")),
+        (CLASS, ("lora.rank=3",)),
+        (CLASS, ("lora.rank=2", "lora.targets=[q_proj,mlp]")),
     ],
-    ids=["llama", "mup", "gpt2-some", "gpt2-attention"],
+    ids=["llama", "mup", "gpt2-some", "gpt2-attention", "class", "class-some"],
 )
-def test_transformers_and_peft_compute_what_the_run_does(tmp_path, forescale, model, lora):
+def test_transformers_and_peft_compute_what_the_run_does(
+    tmp_path, forescale, monkeypatch, model, lora
+):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    if model is CLASS:
+        monkeypatch.chdir(tmp_path)
+        save_config("mistral", tmp_path / "mistral")
     run, trained, origin = make(tmp_path, model, *lora)
     whole, base, alone = (tmp_path / name for name in ("whole", "base", "alone"))
     assert forescale("export", run.path, f"to={whole}")[0] == 0

@@ -60,6 +60,9 @@ def test_its_config_is_frozen_with_it(gemma, small_data, tmp_path, forescale):
     branch = (f"run.from.run={gemma.path}", "run.from.load=weights", f"data.path={small_data}")
     branch = ("run.name=branch", f"run.root={tmp_path}", *branch, "train.sequence_length=32")
     assert "The model is a class of transformers" in forescale.prints("plan", *branch)
+    out = forescale.prints("plan", *branch, "lora.rank=2", "optimizer=adamw", "--json")
+    counts = json.loads(out)["parameters"]
+    assert 0 < 10 * counts["trained adapters"] < counts["total"]
     words = (*model_of(save_config("phi", tmp_path / "phi")), "train.sequence_length=32")
     assert "a branch has the model of" in forescale.refuses("train", *branch, *words[:2])
     name = (f"run.name={gemma.path.name}", f"run.root={gemma.path.parent}")
@@ -87,7 +90,6 @@ REFUSED = {
         "data.document_mask=true",
         "train.sequence_length=32",
     ): "can't keep the documents",
-    ("model.name=.", "lora.rank=4", "run.from.run=x"): "this is a class of transformers",
     ("model.name=.", "engine.tensor_parallel=2", "launch.processes=2"): "is not divided",
 }
 
@@ -135,6 +137,10 @@ def test_a_model_without_a_family_here_is_imported_as_its_class_and_fine_tuned(
     job = open_run(tmp_path / "tuned").config
     assert job.model == open_run(tmp_path / "base").config.model
     assert job.objective.kind == "responses"
+    lora = (*words[:3], "run.name=low", "lora.rank=2", "launch.processes=1")
+    code, _, err = forescale("finetune", tmp_path / "base", *lora, "lora.targets=[query]")
+    assert code == 2
+    assert "no linear layer of the class is 'query'; choose from q_proj, k_proj" in err
     assert forescale("export", tmp_path / "base", f"to={tmp_path / 'again'}")[0] == 0
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert all(torch.equal(saved.state_dict()[n], w) for n, w in again.state_dict().items())

@@ -35,7 +35,7 @@ class LoraConfig:
     rank: int = key(0, ge=0, common=True)
     alpha: float = key(32.0, gt=0)  # an adapter's output is multiplied by alpha / rank
     # matrices that have an adapter: their names, such as query or mlp.up, or mixer or mlp for all
-    # in it; []: all of the blocks
+    # in it (of a class of transformers its names, such as q_proj); []: all of the blocks
     targets: list[str] = key([])
     dropout: float = key(0.0, ge=0, lt=1)  # dropout of the inputs of adapters
 
@@ -87,16 +87,9 @@ def problems(job: "TrainJob") -> ProblemIterator:
     if not job.run.origin.run:
         problem = "adapters stand beside the weights of a trained run, and run.from names none"
         yield "lora.rank", problem, "write forescale finetune FROM, or run.from.run=NAME"
-    if not isinstance(model, ModelConfig):
-        problem = "adapters are for forescale's own models, and this is a class of your own"
-        todo = "make them in your class"
-        if is_any_class(model):
-            problem = "adapters are for forescale's own models, and this is a class of transformers"
-            todo = (
-                "leave lora.rank out; or, for a family in models/README.md, write forescale import"
-            )
-            todo += " hf DIR NAME and forescale finetune NAME"
-        yield "lora.rank", problem, todo
+    if not isinstance(model, ModelConfig) and not is_any_class(model):
+        problem = "adapters are not for a class of your own"
+        yield "lora.rank", problem, "make them in your class"
         return
     for name in ("tensor_parallel", "expert_parallel"):
         if (ranks := getattr(job.engine, name)) > 1:
@@ -109,6 +102,8 @@ def problems(job: "TrainJob") -> ProblemIterator:
         problem = "multiplies our matrices itself, without their adapters"
         yield "precision.fp8", problem, "leave it out"
     length = job.train.sequence_length
+    if not isinstance(model, ModelConfig):  # its matrices are known when it is built
+        return
     if model.problems(sequence_length=length):
         return
     resolved = model.resolved(model.vocab_size or 1 << 16, length)
