@@ -169,11 +169,11 @@ class Batch:
         self.cache: Cache | None = None
         self.logits: Tensor | None = None  # (B, V) fp32, of the last step
         if source_BS is not None:
-            if not isinstance(model, Transformer):
-                problem = "only forescale's own model takes a source"
+            if not hasattr(model, "encode"):
+                problem = "only forescale's own model and a class of transformers take a source"
                 raise ValueError(f"{problem}; give it in the tokens.")
             with torch.inference_mode():
-                self.cache = model.encode(source_BS, source_mask_BS)
+                self.cache = model.encode(source_BS, source_mask_BS)  # type: ignore[operator]
         elif hasattr(model, "new_cache"):
             self.cache = model.new_cache()  # type: ignore[operator]
         if self.cache is not None:

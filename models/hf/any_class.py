@@ -1,33 +1,25 @@
 """Any class of the library transformers as a model: it has the interface that our Transformer has.
 
-Invariant: nothing but the library's own code runs, and no network is asked: no code of a hub, no
-pickle, no kernel that a config names. The class alone decides what its logits are; here they become
-losses of windows.
+Invariant: the class alone decides what its logits are; here they become losses of windows.
 
 Ids: the input embedding of the class has no padding id, as a token of any id may be text.
 """
 
-import importlib
 import inspect
 import json
-import os
-from contextlib import suppress
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from forescale.models.hf.loading import auto_class, build, config_of
 from forescale.models.positions.position import document_starts, positions_of
 
 IGNORED = -100
 _SEPARATIONS = ("positions", "masks")  # how documents stay apart: by positions alone, or a mask too
 _PASTS = ("cache", "past_key_values")  # the argument that takes the cache, by version
-# What a config may say of the machine, or of code and kernels elsewhere.
-_UNREAD = {"auto_map", "dtype", "torch_dtype", "quantization_config", "attn_implementation"}
-_UNREAD |= {"experts_implementation", "use_kernels", "kernel_config"}  # and all that begin with _
 _TOLERANCE = 2e-4  # of logits that should be equal, as a part of their standard deviation
 
 
@@ -35,9 +27,11 @@ class Past:
     """The cache of the class itself, in the place of decoding.cache.Cache. Some keep none for a
     caller: then all tokens are read again."""
 
-    source = real = None
+    real = None
 
     def __init__(self) -> None:
+        self.source: Any = None  # what the encoder says of the sources, (B, S, D)
+        self.source_real_BS: Tensor | None = None
         self.tokens_BS: Tensor | None = None
         self.real_BS: Tensor | None = None  # False at padding, which stays
         self.states: Any = None
@@ -62,6 +56,10 @@ class Past:
         if self.tokens_BS is not None:
             self.tokens_BS = self.tokens_BS[rows]
         self.real_BS = None if self.real_BS is None else self.real_BS[rows]
+        if self.source is not None:
+            self.source = self.source[rows]
+        if self.source_real_BS is not None:
+            self.source_real_BS = self.source_real_BS[rows]
         if hasattr(self.states, "batch_select_indices"):
             self.states.batch_select_indices(rows)
         else:
@@ -73,7 +71,8 @@ class AnyModel(nn.Module):
 
     name: the directory of the model, with its weights if `weights`; they are read only if `draws`.
     vocab_size: the least number of ids. masked: of masked tokens, else of the next one. documents:
-    windows hold documents that must not see each other.
+    windows hold documents that must not see each other. split: columns of a row that are its
+    source, 0 without one: an encoder reads them, if the class has one.
 
     Raises ValueError, "problem; what to do", for a class that isn't one of the library's, can't be
     built, or doesn't do that.
@@ -91,24 +90,28 @@ class AnyModel(nn.Module):
         draws: bool = True,
         masked: bool = False,
         documents: bool = False,
+        split: int = 0,
     ):
         super().__init__()
         if activation_checkpointing not in ("none", "full"):
             problem = f"has no model.activation_checkpointing={activation_checkpointing}"
             raise ValueError(f"{problem}; write none or full")
         self.masked = masked
-        known = _config(json.loads(config), masked)
+        known = config_of(json.loads(config), masked, split > 0)
         text = known.get_text_config()
+        self.split = split if known.is_encoder_decoder else 0
         longest = getattr(text, "max_position_embeddings", None)
-        if longest and sequence_length > longest:
+        columns = max(self.split, sequence_length - self.split)
+        if longest and columns > longest:
+            parts = f", {self.split:,} of them the source" if self.split else ""
             problem = f"reads {longest:,} tokens, and train.sequence_length is {sequence_length:,}"
-            raise ValueError(f"{problem}; write train.sequence_length={longest} or less")
+            raise ValueError(f"{problem}{parts}; write train.sequence_length={longest} or less")
         reads = weights and draws and not torch.empty(0).is_meta
         lacks_ids = text.vocab_size < vocab_size
         if lacks_ids and not reads:
             text.vocab_size = vocab_size
         # Read weights leave it in eval mode: without dropout, and all activations stored.
-        self.inner = _built(_auto(masked), known, name if reads else None).train()
+        self.inner = build(auto_class(config, masked), known, name if reads else None).train()
         if lacks_ids and reads:
             self.inner.resize_token_embeddings(vocab_size)
         table = self.inner.get_input_embeddings()
@@ -126,7 +129,8 @@ class AnyModel(nn.Module):
             )
         self.takes = {*inspect.signature(self.inner.forward).parameters}
         balance = getattr(text, "router_aux_loss_coef", 0.0)
-        self.balance = balance if getattr(text, "output_router_logits", False) else 0.0
+        is_balanced = getattr(text, "output_router_logits", False) and not self.split
+        self.balance = balance if is_balanced else 0.0
         self.separation = ""
         if documents:
             self._choose_way()
@@ -144,6 +148,14 @@ class AnyModel(nn.Module):
         with a penalty of unbalanced experts, if config.json turns it on (output_router_logits).
         Arguments as of models.Transformer; a cache is a Past."""
         options: dict[str, Any] = {"use_cache": False} if "use_cache" in self.takes else {}
+        if self.split and cache is None:
+            rows = tokens_BL[:, : self.split], tokens_BL[:, self.split :]
+            real_BS = None if padding_mask_BL is None else padding_mask_BL[:, : self.split]
+            options |= self._sourced(rows[0], real_BS) | {"decoder_input_ids": rows[1]}
+            logits_BTV: Tensor = self.inner(**options).logits
+            if targets_BL is None:
+                return logits_BTV
+            return _nats(logits_BTV, targets_BL[:, self.split :])
         balances = bool(self.balance) and self.training and targets_BL is not None
         if self.balance:
             options["output_router_logits"] = balances
@@ -160,13 +172,31 @@ class AnyModel(nn.Module):
             logits_BLV: Tensor = self.inner(input_ids=tokens_BL, **options).logits
             return logits_BLV
         output = self.inner(input_ids=tokens_BL, **options)
-        # Of rows: of a matrix for each window, the kernel on a GPU has no fixed order.
-        rows, targets = output.logits.float().flatten(0, 1), targets_BL.flatten()
-        nats = F.cross_entropy(rows, targets, ignore_index=IGNORED, reduction="none")
-        losses_B = nats.view_as(targets_BL).sum(1)
+        losses_B = _nats(output.logits, targets_BL)
         if not balances:
             return losses_B
         return losses_B, self.balance * output.aux_loss * (targets_BL != IGNORED).sum()
+
+    @torch.no_grad()
+    def encode(self, tokens_BS: Tensor, padding_mask_BS: Tensor | None = None) -> Past:
+        """Return a cache for the decoder, with what the encoder says of sources. Arguments and
+        errors as of models.Transformer."""
+        if not self.split:
+            raise ValueError("the model has no encoder; give all tokens to the decoder.")
+        past, options = self.new_cache(), self._sourced(tokens_BS, padding_mask_BS)
+        past.source = self.inner.get_encoder()(**options).last_hidden_state
+        past.source_real_BS = options.get("attention_mask")
+        return past
+
+    def _sourced(self, tokens_BS: Tensor, real_BS: Tensor | None) -> dict[str, Any]:
+        """Return the arguments for sources: padding moves to the right, as the class counts
+        positions from the first column."""
+        if real_BS is None:
+            return {"input_ids": tokens_BS}
+        columns = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
+        moved_BS = (columns + real_BS.long().argmax(1)[:, None]) % tokens_BS.shape[1]
+        real_BS = real_BS.long().gather(1, moved_BS)
+        return {"input_ids": tokens_BS.gather(1, moved_BS), "attention_mask": real_BS}
 
     def new_cache(self) -> Past:
         """Return an empty cache, for one batch of rows."""
@@ -204,6 +234,10 @@ class AnyModel(nn.Module):
     def _continued(self, tokens_BL: Tensor, past: Past, options: dict[str, Any]) -> Tensor:
         """Return the logits of the last tokens of a past."""
         unread: Any = past.tokens_BS if past.states is None else tokens_BL
+        options |= {"decoder_input_ids" if self.split else "input_ids": unread}
+        if past.source is not None:
+            options["encoder_outputs"] = (past.source,)
+            options["attention_mask"] = past.source_real_BS
         if past.real_BS is not None:
             options |= self._padded(past.real_BS, unread.shape[1])
         argument = next((name for name in _PASTS if name in self.takes), "")
@@ -211,7 +245,7 @@ class AnyModel(nn.Module):
             options["use_cache"] = True
         if past.states is not None:
             options[argument] = past.states
-        output = self.inner(input_ids=unread, **options)
+        output = self.inner(**options)
         past.states = getattr(output, argument, None) if argument else None
         logits_BLV: Tensor = output.logits
         return logits_BLV
@@ -221,6 +255,8 @@ class AnyModel(nn.Module):
     def takes_padding(self) -> bool:
         """True if rows with padding on the left are continued as they would be alone. It is tried,
         as no class says it."""
+        if self.split:
+            return True  # sources are padded, and their answers begin together
         device = next(self.parameters()).device
         row_1L = torch.arange(3, 24, 3, device=device)[None]
         rows_2L = torch.cat((F.pad(row_1L[:, :5], (2, 0)), row_1L))
@@ -283,89 +319,9 @@ class AnyModel(nn.Module):
         raise refused
 
 
-def _transformers() -> Any:
-    os.environ["USE_HUB_KERNELS"] = "NO"  # read when the library is imported
-    try:
-        library = importlib.import_module("transformers")
-        with suppress(ImportError):  # it may have been imported before, in a notebook
-            kernels = importlib.import_module("transformers.integrations.hub_kernels")
-            kernels._kernels_enabled = False  # type: ignore[attr-defined]
-        return library
-    except ImportError:
-        problem = "needs the package transformers, which is not installed"
-        raise ValueError(f"{problem}; pip install 'forescale[transformers]'") from None
-
-
-def _auto(masked: bool) -> Any:
-    library = _transformers()
-    return library.AutoModelForMaskedLM if masked else library.AutoModelForCausalLM
-
-
-def class_name(config: str, masked: bool) -> str:
-    """Return the name of the class of a config.json's text."""
-    library, known = _transformers(), _config(json.loads(config), masked)
-    names = "MODEL_FOR_MASKED_LM_MAPPING" if masked else "MODEL_FOR_CAUSAL_LM_MAPPING"
-    name: str = getattr(library, names)[type(known)].__name__
-    return name
-
-
-def _readable(values: Any) -> Any:
-    """Return the values of a config without those that name code, kernels or number formats."""
-    if isinstance(values, list):
-        return [_readable(value) for value in values]
-    if not isinstance(values, dict):
-        return values
-    unread = lambda key: key in _UNREAD or key.startswith("_")  # noqa: E731
-    return {key: _readable(value) for key, value in values.items() if not unread(key)}
-
-
-def _config(values: dict[str, Any], masked: bool) -> Any:
-    """Return the library's config object. Raises ValueError if it knows no such class."""
-    library, kind = _transformers(), values.get("model_type")
-    if kind not in library.CONFIG_MAPPING:
-        problem = f"has model_type {kind!r}, which transformers {library.__version__} doesn't know"
-        if "auto_map" in values:
-            problem += ", and code that comes with a model is never run"
-        raise ValueError(f"{problem}; name another model")
-    try:
-        config = library.CONFIG_MAPPING[kind].from_dict(_readable(values))
-    except Exception as e:
-        raise ValueError(_refusal(e)) from e
-    if getattr(config, "is_encoder_decoder", False):
-        problem = f"{kind} has an encoder and a decoder"
-        raise ValueError(f"{problem}; name a model with one of them, or write model=t5-small")
-    causal = type(config) in library.MODEL_FOR_CAUSAL_LM_MAPPING
-    both = type(config) in library.MODEL_FOR_MASKED_LM_MAPPING
-    if masked and not both:
-        raise ValueError(f"{kind} has no class for masked tokens; leave objective=masked out")
-    if not masked and (not causal or (both and not getattr(config, "is_decoder", False))):
-        doing = "sees later tokens" if both else "continues no text"
-        raise ValueError(f"{kind} {doing}; write objective=masked, or name another model")
-    return config
-
-
-def _built(auto: Any, config: Any, folder: str | None) -> Any:
-    """Return the module, with the weights in `folder`, else with random ones."""
-    if folder is not None and not Path(folder).is_dir():
-        problem = "is not there, and the run begins with its weights"
-        raise ValueError(f"{problem}; copy the directory to this machine")
-    if folder is None:
-        try:
-            return auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        except (ValueError, TypeError, KeyError, AttributeError, ImportError, AssertionError) as e:
-            raise ValueError(_refusal(e)) from e
-    options: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
-    options |= dict(config=config, dtype=torch.float32, use_safetensors=True)
-    try:
-        module, info = auto.from_pretrained(folder, output_loading_info=True, **options)
-    except Exception as e:
-        raise ValueError(_refusal(e)) from e
-    if missing := sorted(info["missing_keys"]):
-        problem = f"its files lack {len(missing):,} weights of the class, such as {missing[0]}"
-        raise ValueError(f"{problem}; download it again")
-    return module
-
-
-def _refusal(error: Exception) -> str:
-    line = next(iter(str(error).strip().splitlines()), "")[:200].rstrip(".").replace(";", ",")
-    return f"transformers can't build it ({type(error).__name__}: {line}); correct its config.json"
+def _nats(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+    """Return the loss of each window, (B,) fp32."""
+    # Of rows: of a matrix for each window, the kernel on a GPU has no fixed order.
+    rows, targets = logits_BLV.float().flatten(0, 1), targets_BL.flatten()
+    nats = F.cross_entropy(rows, targets, ignore_index=IGNORED, reduction="none")
+    return nats.view_as(targets_BL).sum(1)

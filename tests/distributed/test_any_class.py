@@ -26,6 +26,7 @@ CHOSEN = {
     "qwen3_next": 2,
     "mamba": 3,
     "bert": 0,
+    "t5": 2,
 }
 
 
@@ -33,7 +34,7 @@ CHOSEN = {
 def test_a_class_goes_on_to_the_bit_and_leaves_as_itself(kind, dataset, tmp_path):
     model = ("model=transformers", f"model.name={save_config(kind, tmp_path / 'config')}")
     command = (f"data.path={dataset}", *LENGTH, f"engine=zero{CHOSEN[kind]}", "launch.processes=2")
-    command += ("objective=masked",) if kind == "bert" else ()
+    command += {"bert": ("objective=masked",), "t5": ("objective=prefix",)}.get(kind, ())
     model += ("model.activation_checkpointing=full",) if kind == "opt" else ()
     whole, cut = launching.whole_and_resumed(tmp_path, *command, step=12, model=model)
     assert cut == whole
@@ -41,12 +42,15 @@ def test_a_class_goes_on_to_the_bit_and_leaves_as_itself(kind, dataset, tmp_path
     assert len(losses) == 20
     assert losses[-1] < losses[0]
     assert cli.main(["export", str(tmp_path / "cut"), f"to={tmp_path / 'hf'}"]) == 0
-    auto = "AutoModelForMaskedLM" if kind == "bert" else "AutoModelForCausalLM"
-    exported = getattr(transformers, auto).from_pretrained(tmp_path / "hf").eval()
-    tokens = torch.arange(24)[None]
+    auto = {"bert": "AutoModelForMaskedLM", "t5": "AutoModelForSeq2SeqLM"}
+    auto_class = getattr(transformers, auto.get(kind, "AutoModelForCausalLM"))
+    exported = auto_class.from_pretrained(tmp_path / "hf").eval()
+    tokens, rest = torch.arange(24)[None], {}
+    model = open_run(tmp_path / "whole").model()
+    if kind == "t5":
+        tokens, rest = tokens[:, : model.split], {"decoder_input_ids": tokens[:, model.split :]}
     with torch.no_grad():
-        expected = open_run(tmp_path / "whole").model()(tokens)
-        assert torch.equal(exported(tokens).logits, expected)
+        assert torch.equal(exported(tokens, **rest).logits, model(torch.arange(24)[None]))
 
 
 def test_adapters_of_a_class_go_on_to_the_bit_and_leave_all_else_as_it_was(dataset, tmp_path):

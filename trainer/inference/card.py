@@ -20,6 +20,7 @@ from forescale.config.job import words_of
 from forescale.config.schema import flatten, plain
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError, masked
+from forescale.inference.export import auto_of
 from forescale.inference.remote_code import ARCHITECTURE
 from forescale.inference.view import RunView
 from forescale.models.config import ModelConfig
@@ -28,6 +29,11 @@ from forescale.run.forecast import describe
 from forescale.run.rows import read_rows
 
 CARD, PICTURE = "README.md", "loss.svg"
+_TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+}
 _NOT_OF_SCORES = ("run", "step", "tokens", "crc", "corpus_hash", "split", "kind")
 
 
@@ -38,17 +44,16 @@ def card(
     """Return the card as Markdown. architecture: the class of transformers; dtype: of the weights;
     licence: an SPDX name, such as apache-2.0; scores: files of `forescale eval RUN --json`;
     has_picture: whether PICTURE lies beside it. Raises UserError for scores of another run."""
-    is_masked = view.config.objective.sees_both_sides
+    auto = auto_of(view)
     head = {
         "library_name": "transformers",
-        "pipeline_tag": "fill-mask" if is_masked else "text-generation",
+        "pipeline_tag": _TASKS[auto],
         "tags": ["forescale"],
     }
     if licence:
         head["license"] = licence
     facts = _facts(view, checkpoint, architecture, dtype, licence)
     rows = "\n".join(f"| {name} | {text} |" for name, text in facts.items())
-    auto = f"AutoModelFor{'Masked' if is_masked else 'Causal'}LM"
     trusts = ", trust_remote_code=True" if architecture == ARCHITECTURE else ""
     parts = [
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in head.items()) + "---",

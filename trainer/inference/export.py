@@ -25,13 +25,14 @@ from forescale.ground.errors import UserError
 from forescale.ground.storage import fsync_path, make_folder, staged
 from forescale.inference.gguf_export import write_gguf
 from forescale.inference.hf_directory import CONFIG, as_text
+from forescale.inference.question import question_of
 from forescale.inference.remote_code import ARCHITECTURE, MODELING, as_code, without_code
 from forescale.inference.view import RunView
 from forescale.models.adapters import is_adapter
 from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
 from forescale.models.hf import FAMILIES, family_of, to_hf
-from forescale.models.hf.any_class import class_name
+from forescale.models.hf.loading import auto_class, class_name, has_encoder
 from forescale.models.hf.peft_weights import adapters_of_class, adapters_to_hf
 from forescale.run.finetune import kept_template
 
@@ -66,6 +67,14 @@ def family(view: RunView) -> str:
         problem = f"{str(e).rstrip('.')}; and {MODELING} has no {absent}"
         todo = f"train with those keys, or load it with forescale.open_run({view.name!r})"
         raise UserError("model", problem[0].lower() + problem[1:], todo) from None
+
+
+def auto_of(view: RunView) -> str:
+    """Return the class of transformers that loads the export."""
+    model, masked = view.config.model, view.config.objective.sees_both_sides
+    if is_any_class(model):
+        return auto_class(model.arguments["config"], masked)
+    return "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
 
 
 @dataclass(frozen=True)
@@ -161,13 +170,23 @@ def _export_class(
         _rounded(kind, named)
     with _new_directory(to) as stage:
         model.to(kind).inner.save_pretrained(stage)
-        config = json.loads((stage / CONFIG).read_text("utf-8"))
+        config = json.loads((stage / CONFIG).read_text("utf-8")) | _start_of_answers(view)
         for name, content in _small_files(view, config).items():
             (stage / name).write_text(as_text(content), "utf-8")
         (stage / "tokenizer.json").write_bytes(view.run.verified_tokenizer().read_bytes())
         for name, data in beside.items():
             (stage / name).write_bytes(data)
     return to
+
+
+def _start_of_answers(view: RunView) -> dict[str, Any]:
+    """Return the key for what the decoder of an encoder-decoder begins with, if all its rows began
+    so in training."""
+    config, texts = view.config, {"gaps": "<extra_id_0>", "prompt": "a"}
+    text = texts.get(config.objective.source_kind)
+    if text is None or not has_encoder(config.model.arguments["config"]):
+        return {}
+    return {"decoder_start_token_id": question_of(view, text).start[0]}
 
 
 @contextmanager
@@ -285,9 +304,10 @@ def _small_files(view: RunView, config: dict[str, Any]) -> dict[str, Any]:
     # In training the end-of-text token precedes every document, so it is the bos token here.
     taught = view.ends if len(view.ends) > 1 else end
     ends = {"bos_token_id": end, "eos_token_id": taught}
+    start = {k: v for k, v in config.items() if k == "decoder_start_token_id" and v is not None}
     files: dict[str, Any] = {
         CONFIG: config | ends,
-        "generation_config.json": ends | {"pad_token_id": end},
+        "generation_config.json": ends | {"pad_token_id": end} | start,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": name,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from tokenizers import Tokenizer
 
+from forescale.config.target import is_any_class
 from forescale.data.conversations.template import ChatTemplate, Message, chat_ids
 from forescale.data.objectives.pairs import Pairs, separator_id, shown_separator
 from forescale.data.objectives.prefix import Prefix
@@ -23,6 +24,7 @@ from forescale.data.tokenizer import text_ids
 from forescale.ground.errors import UserError
 from forescale.inference.view import RunView
 from forescale.models.config import ModelConfig
+from forescale.models.hf.loading import has_encoder
 from forescale.run.feed import objective_of
 
 _SENTINEL = re.compile("<extra_id_([0-9]{1,9})>")
@@ -87,17 +89,21 @@ def question_of(view: RunView, text: str) -> Question:
         raise UserError(
             view.name, problem, "score it with `forescale eval`, or name a causal model"
         )
-    if not isinstance(config.model, ModelConfig):
+    if is_any_class(config.model):
+        has_source = has_encoder(config.model.arguments["config"])
+    elif isinstance(config.model, ModelConfig):
+        has_source = config.model.has_encoder
+    else:
         target = config.model.target
         problem = f"is your own class {target}, of which only you know how it reads a source"
         raise UserError("model._target_", problem, f"call forescale.open_run({view.name!r})")
     objective = objective_of(config, identity["vocab_size"])
     if isinstance(objective, Prefix):
-        return _of_start(view, text, objective, config.model.has_encoder)
+        return _of_start(view, text, objective, has_source)
     if isinstance(objective, Pairs):
-        return _of_pair(view, text, objective, config.model.has_encoder)
+        return _of_pair(view, text, objective, has_source)
     assert isinstance(objective, Spans)
-    return _of_gaps(view, text, objective, config.model.has_encoder)
+    return _of_gaps(view, text, objective, has_source)
 
 
 def question_of_ids(view: RunView, ids: Sequence[int]) -> Question:

@@ -1,8 +1,8 @@
 """The model of a job, ours or a class of the user's own, its adapters, and its FLOPs per token.
 
 The adapters are those of the library peft, in the place of our modules, or of a class of
-transformers (models/adapters.py has their names and costs). Invariant: what they begin with depends on the seed alone, and not on the
-stage or the ranks; B is 0, so the model begins as it was.
+transformers (models/adapters.py has their names and costs). Invariant: what they begin with depends
+on the seed alone, and not on the stage or the ranks; B is 0, so the model begins as it was.
 
 The protocol for a class of the user's own, named by `model._target_=mypackage.Model`:
 
@@ -51,7 +51,7 @@ from forescale.models.config import ModelConfig
 from forescale.models.flops import count
 from forescale.models.init import Linear
 from forescale.models.parallel.stages import Stage
-from forescale.run.feed import vocabulary_of
+from forescale.run.feed import objective_of, vocabulary_of
 
 Divide = Callable[[nn.Module], nn.Module]  # a module to this rank's part of it
 
@@ -83,6 +83,7 @@ def build_model(
     if is_any_class(job.model):  # more than the protocol has
         masked, documents = job.objective.sees_both_sides, job.data.document_mask
         sizes |= {"draws": draws, "masked": masked, "documents": documents}
+        sizes["split"] = getattr(objective_of(job, vocab_size), "split", 0)
     own_model = make("model", job.model, **sizes)
     if not isinstance(own_model, nn.Module):
         where = f"model._target_={job.model.target}"

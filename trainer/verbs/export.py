@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
     """Write the directory, and print how to load it."""
     job = parse(ExportJob, arguments)
     view = open_view(job.target or "", job.run.root)
-    from forescale.inference.export import MODELING, export, export_gguf, family
+    from forescale.inference.export import MODELING, auto_of, export, export_gguf, family
 
     architecture = family(view)  # refuse here, before gigabytes are read
     checkpoint = view.checkpoint(job.step)
@@ -90,13 +90,13 @@ def main(arguments: list[str]) -> int:
     tell({"path": to, "run": view.name, "step": step, "kind": "model", "bytes": size})
     if later := getattr(view.config.model, "mtp_layers", 0):
         print(f"Left out: model.mtp_layers={later}, which predict later tokens in training alone.")
-    auto = "MaskedLM" if view.config.objective.sees_both_sides else "CausalLM"
+    auto = auto_of(view)
     trusts = ", trust_remote_code=True" if (to / MODELING).exists() else ""
     print(
         f"Run {view.name}, step {step:,}, as {architecture}: {to} ({size / 2**20:,.1f} MiB, "
         f"{job.dtype}).\n\nNext, in Python (pip install transformers):\n"
-        f"  from transformers import AutoModelFor{auto}, AutoTokenizer\n"
-        f"  model = AutoModelFor{auto}.from_pretrained({str(to)!r}{_as_written(job)}{trusts})\n"
+        f"  from transformers import {auto}, AutoTokenizer\n"
+        f"  model = {auto}.from_pretrained({str(to)!r}{_as_written(job)}{trusts})\n"
         f"  tokenizer = AutoTokenizer.from_pretrained({str(to)!r}{trusts})"
     )
     return DONE

@@ -38,7 +38,15 @@ KINDS: dict[str, dict[str, Any]] = {
     | dict(num_hidden_layers=3, lru_width=32, attention_window_size=8)
     | dict(block_types=["recurrent", "recurrent", "attention"]),
     "bert": SMALL,  # of masked tokens
+    # An encoder and a decoder, with relative and with learned positions.
+    "t5": dict(d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, vocab_size=300)
+    | dict(feed_forward_proj="gated-gelu", decoder_start_token_id=0, initializer_factor=4.0),
+    "bart": dict(d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2)
+    | dict(decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=300)
+    | dict(max_position_embeddings=64, pad_token_id=1, bos_token_id=0, eos_token_id=0)
+    | dict(forced_eos_token_id=None, init_std=0.2, decoder_start_token_id=0, dropout=0.0),
 }
+TWO_PARTS = ("t5", "bart")
 
 
 def config_of(kind: str, **changes: Any) -> Any:
@@ -57,10 +65,11 @@ def save_config(kind: str, folder: Path, **changes: Any) -> Path:
 def save_model(kind: str, folder: Path, seed: int = 1, **changes: Any) -> Any:
     """Write a directory with a model of a kind, and return the model."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     torch.manual_seed(seed)
     auto = AutoModelForMaskedLM if kind == "bert" else AutoModelForCausalLM
+    auto = AutoModelForSeq2SeqLM if kind in TWO_PARTS else auto
     model = auto.from_config(config_of(kind, **changes)).eval()
     model.save_pretrained(folder)
     return model

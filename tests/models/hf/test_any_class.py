@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from forescale.models.decoding.batch import Batch, Choice, generate
 from forescale.models.decoding.sampler import Sampler
 from forescale.models.hf.any_class import AnyModel
-from tests.models.hf.kinds import KINDS, config_of, save_model
+from tests.models.hf.kinds import KINDS, TWO_PARTS, config_of, save_model
 
 transformers = pytest.importorskip("transformers")
 
-DECODERS = [kind for kind in KINDS if kind != "bert"]
+DECODERS = [kind for kind in KINDS if kind not in ("bert", *TWO_PARTS)]
 # The others have ALiBi, a recurrence, or a window without documents.
 APART = ["mistral", "phi", "falcon", "gpt_neox", "gpt2", "opt", "gemma2", "olmoe", "deepseek_v3"]
 ALONE = ["qwen3_next", "mamba", "recurrent_gemma"]  # with a state of their own
@@ -42,7 +42,7 @@ def test_weights_that_were_read_are_trained_with_dropout(tmp_path):
     assert not torch.equal(model(tokens), model(tokens))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*DECODERS, "bert"])
 def test_its_losses_are_of_the_logits_of_the_class_and_its_gradients_reach_all(kind):
     model, tokens = any_model(kind), tokens_of()
     tokens[0, 3] = 1  # their id for padding, which is text here
@@ -174,3 +174,46 @@ def test_other_classes_are_refused_in_a_sentence(values, message):
         AnyModel(json.dumps(values), vocab_size=300, sequence_length=8, masked=masked)
     assert "; " in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", TWO_PARTS)
+def test_an_encoder_reads_the_source_and_the_decoder_writes_the_target(kind):
+    """Rows as those of objective=pairs: the source ends at column 9, its padding is before it."""
+    model, rows = any_model(kind, split=10).eval(), tokens_of()
+    real = torch.arange(LENGTH)[None] >= torch.tensor([[3], [0]])
+    targets = rows.roll(-1, 1)
+    targets[:, :10] = targets[:, -2:] = -100
+    with torch.no_grad():
+        for row, first, loss in zip(rows, (3, 0), model(rows, targets, real), strict=True):
+            source, labels = row[None, first:10], targets[:1, 10:]
+            labels = row.roll(-1)[None, 10:].clone()
+            labels[:, -2:] = -100
+            said = model.inner(input_ids=source, decoder_input_ids=row[None, 10:], labels=labels)
+            expected = said.loss * (labels != -100).sum()
+            assert abs(loss - expected) < 1e-5 * expected
+
+
+@pytest.mark.parametrize("kind", TWO_PARTS)
+def test_answers_of_a_batch_of_sources_are_those_that_the_class_writes(kind):
+    model, sources = any_model(kind, split=10).eval(), tokens_of(length=10)
+    real = torch.arange(10)[None] >= torch.tensor([[4], [0]])
+    greedy, start = Sampler(temperature=0.0), torch.full((2, 1), 7)
+    choice = Choice([greedy] * 2, [torch.Generator()] * 2)
+    with torch.inference_mode():
+        batch = Batch(model, start, choice, 20, None, sources, real, num_tokens=9)
+        for step in range(9):
+            batch.step()
+            if step == 4:
+                batch.keep([1, 0])
+    for text, source in zip(batch.tokens, (sources[1:], sources[:1, 4:]), strict=True):
+        options = dict(max_new_tokens=9, do_sample=False, eos_token_id=None)
+        alone = model.inner.generate(source, decoder_start_token_id=7, **options)
+        assert torch.equal(text, alone[0])
+
+
+def test_two_parts_need_a_source_and_one_part_takes_rows_with_one():
+    with pytest.raises(ValueError, match=r"need a source and a target; .* objective=seq2seq"):
+        any_model("t5")
+    assert any_model("mistral", split=10).split == 0
+    with pytest.raises(ValueError, match="has no encoder"):
+        any_model("mistral").encode(tokens_of())

@@ -10,6 +10,7 @@ from forescale import open_run
 from forescale.config.compose import compose
 from forescale.data.tokenizer import byte_tokenizer
 from forescale.ground.errors import UserError
+from forescale.inference.question import question_of
 from forescale.run.start import start
 from forescale.verbs.plan import Plan, PlanJob
 from tests.models.hf.kinds import save_config, save_model
@@ -95,7 +96,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_what_it_cant_do_is_said_before_a_file_is_written(
+def test_what_it_cant_do_is_said_before_a_file_is_new_ids(
     words, small_data, tmp_path, monkeypatch, forescale
 ):
     monkeypatch.chdir(save_config("mamba", tmp_path, max_position_embeddings=64))
@@ -161,3 +162,20 @@ def test_a_masked_model_is_exported_with_its_card_and_gguf_is_refused(
     with torch.no_grad():
         assert torch.equal(open_run(run.path).model()(tokens), model(tokens).logits)
     assert "continues no text" in forescale.refuses("generate", run.path, "prompt=x")
+
+
+def test_an_encoder_decoder_fills_gaps_and_is_exported(small_data, tmp_path, forescale):
+    folder = save_config("t5", tmp_path / "t5")
+    run = make_run(small_data, tmp_path, "two", *model_of(folder), "objective=seq2seq")
+    text = "def <extra_id_0>x"
+    out = forescale.prints("generate", run.path, f"prompt={text}", "num_tokens=5", "temperature=0")
+    out = forescale.prints("export", run.path, f"to={tmp_path / 'hf'}")
+    assert "import AutoModelForSeq2SeqLM" in out
+    assert "text2text-generation" in (tmp_path / "hf/README.md").read_text()
+    exported = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "hf").eval()
+    question, model = question_of(open_run(run.path), text), open_run(run.path).model()
+    assert exported.generation_config.decoder_start_token_id == question.start[0]
+    source, start = torch.tensor([question.source]), torch.tensor([question.start])
+    with torch.no_grad():
+        expected = model(start, cache=model.encode(source))
+        assert torch.equal(exported(source, decoder_input_ids=start).logits, expected)
