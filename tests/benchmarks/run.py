@@ -32,7 +32,7 @@ from tests.benchmarks.processes import share_imports  # noqa: E402
 NAMES = (
     "loop", "memory", "loss", "compile", "plain", "muon", "peer", "startup", "build", "stream",
     "save", "watch", "ranks", "status", "plan", "recovery", "next", "coordinates",
-    "mixers", "generate", "invariant", "pipeline", "live", "repetitions", "gpu",
+    "mixers", "generate", "serving", "invariant", "pipeline", "live", "repetitions", "gpu",
 )  # fmt: skip
 
 

@@ -45,6 +45,8 @@ class GenerateJob(ModelJob):
     # above 1: tokens of the prompt and the text become less likely
     repetition_penalty: float = key(1.0, gt=0)
     seed: int = key(1337, ge=0)  # seed of the first text; text number i has seed + i
+    # products of large matrices in 8 bits: text is written faster on a CPU, and less exactly
+    int8: bool = False
     batch: int = key(16, ge=1)  # texts that are decoded together
 
     def problems(self) -> Problems:

@@ -184,6 +184,7 @@ def _start_of_answers(view: RunView) -> dict[str, Any]:
     so in training."""
     config, texts = view.config, {"gaps": "<extra_id_0>", "prompt": "a"}
     text = texts.get(config.objective.source_kind)
+    assert is_any_class(config.model)
     if text is None or not has_encoder(config.model.arguments["config"]):
         return {}
     return {"decoder_start_token_id": question_of(view, text).start[0]}

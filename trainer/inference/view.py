@@ -167,13 +167,14 @@ class RunView:
         batch: int = 16,
         step: int | None = None,
         trust: bool = False,
+        int8: bool = False,
         **sampling: float,
     ) -> list[str]:
         """Return the texts that a checkpoint writes to the prompts, in their order, as `forescale
         generate` does with these keys.
 
         sampling: top_p, min_p, repetition_penalty. Raises UserError for a prompt that the model
-        can't read, or a number out of its range.
+        can't read, a number out of its range, or int8 where there is none.
         """
         from forescale.config.generate import GenerateJob
         from forescale.inference.generation import Answer, GenerationConfig, complete
@@ -193,7 +194,7 @@ class RunView:
             Answer(self.tokenizer, question_of(self, prompt), config, job.seed + i)
             for i, prompt in enumerate(job.prompts)
         ]
-        model = ready_to_write(self.model(step, trust))
+        model = ready_to_write(self.model(step, trust), int8)
         return [answer.text for answer in complete(model, answers, job.batch)]
 
     def _job(self, schema: type[J], **values: Any) -> J:
@@ -254,12 +255,16 @@ def best_device() -> "torch.device":
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def ready_to_write(model: "nn.Module") -> "nn.Module":
+def ready_to_write(model: "nn.Module", int8: bool = False) -> "nn.Module":
     """Return the model on the best device, as it is fastest in writing text; it is of no other use
-    then."""
-    from forescale.models.decoding.products import prepare
+    then. int8: with products of 8 bits. Raises UserError if this machine has none."""
+    from forescale.models.decoding.products import has_int8, prepare
 
-    return prepare(model.to(best_device()))
+    device = best_device()
+    if int8 and (device.type != "cpu" or not has_int8()):
+        where = "a GPU" if device.type != "cpu" else "a torch without oneDNN"
+        raise UserError("int8", f"is for a CPU, and this is {where}", "leave it out")
+    return prepare(model.to(device), int8)
 
 
 def set_weights(model: "nn.Module", checkpoint: Checkpoint) -> None:

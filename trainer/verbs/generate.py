@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
 def _model(job: GenerateJob, view: RunView) -> "nn.Module":
     if sys.stderr.isatty():
         print(f"Loading {view.name} ...", file=sys.stderr, flush=True)
-    return ready_to_write(view.load(view.checkpoint(job.step), job.trust))
+    return ready_to_write(view.load(view.checkpoint(job.step), job.trust), job.int8)
 
 
 def _answers(

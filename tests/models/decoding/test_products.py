@@ -5,7 +5,7 @@ import torch
 
 from forescale.models import Transformer
 from forescale.models.decoding.batch import generate
-from forescale.models.decoding.products import PackedProduct, prepare
+from forescale.models.decoding.products import Int8Product, PackedProduct, has_int8, prepare
 from forescale.models.decoding.sampler import Sampler
 from forescale.models.init import Linear
 from tests.models.configs import model_config
@@ -50,3 +50,35 @@ def test_a_large_matrix_is_laid_out_by_columns_if_it_has_more_rows():
     tall, wide = Linear(256, 512, False, 1.0), Linear(512, 256, False, 1.0)
     prepare(torch.nn.ModuleList([tall, wide]))
     assert [one.weight.t().is_contiguous() for one in (tall, wide)] == [True, False]
+
+
+needs_int8 = pytest.mark.skipif(not has_int8(), reason="needs a torch with oneDNN's 8 bits")
+
+
+@needs_int8
+@torch.no_grad()
+def test_a_product_of_8_bits_is_as_near_as_its_roundings_and_of_each_row_alone():
+    torch.manual_seed(0)
+    weight, x = torch.randn(512, 768), torch.randn(5, 768) * torch.logspace(-3, 3, 5)[:, None]
+    x[3, 7], x[4] = 100 * x[3, 7], 0.0
+    product = Int8Product(weight)
+    y = product(x, weight)
+    units_x = x.abs().amax(1, keepdim=True) / 127
+    units_w = weight.abs().amax(1) / 127
+    bound = x.abs().sum(1, keepdim=True) * units_w / 2
+    bound += weight.abs().sum(1) * units_x / 2 + 768 * units_x * units_w / 4
+    assert ((y - x @ weight.T).abs() <= bound * 1.001).all()
+    assert all(torch.equal(product(row[None], weight)[0], y[i]) for i, row in enumerate(x))
+
+
+@needs_int8
+@torch.no_grad()
+def test_a_model_of_8_bits_has_nearly_the_same_logits():
+    torch.manual_seed(0)
+    sizes = SIZES | dict(width=512, vocab_size=600)
+    model, tokens = Transformer(model_config(**sizes)).eval(), torch.randint(0, 600, (3, 6))
+    expected = model(tokens)
+    prepare(model, int8=True)
+    assert type(model.blocks[0].mixer.query.product) is Int8Product
+    difference = model(tokens) - expected
+    assert 0 < difference.std() < 0.05 * expected.std()

@@ -188,8 +188,8 @@ def test_an_encoder_reads_the_source_and_the_decoder_writes_the_target(kind):
             source, labels = row[None, first:10], targets[:1, 10:]
             labels = row.roll(-1)[None, 10:].clone()
             labels[:, -2:] = -100
-            said = model.inner(input_ids=source, decoder_input_ids=row[None, 10:], labels=labels)
-            expected = said.loss * (labels != -100).sum()
+            output = model.inner(input_ids=source, decoder_input_ids=row[None, 10:], labels=labels)
+            expected = output.loss * (labels != -100).sum()
             assert abs(loss - expected) < 1e-5 * expected
 
 
