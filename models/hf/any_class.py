@@ -71,8 +71,8 @@ class AnyModel(nn.Module):
 
     name: the directory of the model, with its weights if `weights`; they are read only if `draws`.
     vocab_size: the least number of ids. masked: of masked tokens, else of the next one. documents:
-    windows hold documents that must not see each other. split: columns of a row that are its
-    source, 0 without one: an encoder reads them, if the class has one.
+    windows hold documents that must not see each other. split: the number of columns of a row that
+    are its source; 0: rows have none. An encoder reads the source, if the class has an encoder.
 
     Raises ValueError, "problem; what to do", for a class that isn't one of the library's, can't be
     built, or doesn't do that.
@@ -114,9 +114,15 @@ class AnyModel(nn.Module):
         self.inner = build(auto_class(config, masked), known, name if reads else None).train()
         if lacks_ids and reads:
             self.inner.resize_token_embeddings(vocab_size)
-        table = self.inner.get_input_embeddings()
-        if isinstance(table, nn.Embedding):
+        for table in self.tables():
             table.padding_idx = None
+            if table.num_embeddings < vocab_size:
+                problem = f"has a table of {table.num_embeddings:,} ids, and the data has "
+                problem += f"{vocab_size:,} with those of the objective"
+                raise ValueError(f"{problem}; write objective=pairs, or name another model")
+        if self.split and getattr(text, "output_router_logits", False):
+            problem = "has a balance loss of experts, which an encoder-decoder can't have here"
+            raise ValueError(f'{problem}; write "output_router_logits": false in config.json')
         if activation_checkpointing == "full":
             if not self.inner.supports_gradient_checkpointing:
                 raise ValueError(
@@ -129,8 +135,7 @@ class AnyModel(nn.Module):
             )
         self.takes = {*inspect.signature(self.inner.forward).parameters}
         balance = getattr(text, "router_aux_loss_coef", 0.0)
-        is_balanced = getattr(text, "output_router_logits", False) and not self.split
-        self.balance = balance if is_balanced else 0.0
+        self.balance = balance if getattr(text, "output_router_logits", False) else 0.0
         self.separation = ""
         if documents:
             self._choose_way()
@@ -213,6 +218,15 @@ class AnyModel(nn.Module):
             if f"{name}.weight" in every and every[f"{name}.weight"] is not head
         }
 
+    def tables(self) -> list[nn.Embedding]:
+        """Return the modules that embed tokens: an encoder and a decoder have one each, of the same
+        or of other weights."""
+        parts = [self.inner]
+        if self.split:
+            parts += [self.inner.get_encoder(), self.inner.get_decoder()]
+        every = (part.get_input_embeddings() for part in parts)
+        return [*dict.fromkeys(table for table in every if isinstance(table, nn.Embedding))]
+
     def adaptable(self) -> list[str]:
         """Return the names of the modules that can have an adapter: linear layers, but for the
         head."""
@@ -233,6 +247,8 @@ class AnyModel(nn.Module):
 
     def _continued(self, tokens_BL: Tensor, past: Past, options: dict[str, Any]) -> Tensor:
         """Return the logits of the last tokens of a past."""
+        if self.split and past.source is None:
+            raise ValueError("this cache has no source for the decoder; make it by encode.")
         unread: Any = past.tokens_BS if past.states is None else tokens_BL
         options |= {"decoder_input_ids" if self.split else "input_ids": unread}
         if past.source is not None:

@@ -178,7 +178,7 @@ def toy(folder: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = byte_tokenizer()
-    sizes: dict[str, Any] = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1)
+    sizes: dict[str, Any] = dict(hidden_size=512, intermediate_size=512, num_hidden_layers=1)
     sizes |= dict(num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256)
     size = tokenizer.get_vocab_size()
     torch.manual_seed(0)

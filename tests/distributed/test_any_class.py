@@ -54,8 +54,9 @@ def test_a_class_goes_on_to_the_bit_and_leaves_as_itself(kind, dataset, tmp_path
 
 
 def test_adapters_of_a_class_go_on_to_the_bit_and_leave_all_else_as_it_was(dataset, tmp_path):
-    model = ("model=transformers", f"model.name={save_config('mistral', tmp_path / 'config')}")
-    command = (f"data.path={dataset}", *LENGTH, "launch.processes=2")
+    model = ("model=transformers", f"model.name={save_config('t5', tmp_path / 'config')}")
+    command = (f"data.path={dataset}", *LENGTH, "launch.processes=2", "objective=prefix")
+    command += ("precision=fp32",)  # frozen weights are held in that of the engine
     launching.train(tmp_path, *command, "run.name=base", model=model)
     command += ("engine=zero3", "lora.rank=4", "optimizer=adamw", "run.from.load=weights")
     command += (f"run.from.run={tmp_path / 'base'}",)
@@ -63,6 +64,6 @@ def test_adapters_of_a_class_go_on_to_the_bit_and_leave_all_else_as_it_was(datas
     assert cut == whole
     base, adapted = (open_run(tmp_path / name).checkpoint() for name in ("base", "cut"))
     ups = [name for name in adapted.shapes if name.endswith("lora_B.weight")]
-    assert len(ups) == 14
+    assert len(ups) == 2 * 7 + 2 * 11  # of the encoder's layers and the decoder's
     assert all(adapted.tensor(name).abs().max() > 0 for name in ups)
     assert all(torch.equal(adapted.tensor(name), base.tensor(name)) for name in base.shapes)

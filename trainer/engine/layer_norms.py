@@ -1,7 +1,7 @@
 """The norm of the gradient of each layer, which says where a step moves the model.
 
 Invariant: the squares of all of them add up to that of the step's gradient norm. They are added in
-fp64 and have five digits, so that they don't depend on how ranks divide the parameters.
+fp64 and have five digits, so that how ranks divide the parameters hardly shows.
 """
 
 import re

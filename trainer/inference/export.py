@@ -41,6 +41,7 @@ _OF_THEIR_FILES = ("dtype", "torch_dtype", "transformers_version", "auto_map", "
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TEMPLATE = "chat_template.jinja"
 _PART = 5_000_000_000  # approximate bytes of a weight file
+_TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM"}  # of peft
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -232,8 +233,8 @@ def export_adapters(
         settings, weights = adapters_of_class(state, rank, alpha)
     weights = dict(map(partial(_rounded, _DTYPES[dtype]), weights.items()))
     known = {"peft_type": "LORA", "base_model_name_or_path": base}
-    if not job.objective.sees_both_sides:
-        known["task_type"] = "CAUSAL_LM"
+    if task := _TASKS.get(auto_of(view)):
+        known["task_type"] = task
     options = {"lora_dropout": job.lora.dropout, "inference_mode": True}
     with _new_directory(to) as stage:
         (stage / "adapter_config.json").write_text(

@@ -7,7 +7,7 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
-from forescale.config.target import targets
+from forescale.config.target import is_any_class, targets
 from forescale.data.dataset import Dataset
 from forescale.data.prepare.sample import bits_per_byte, primed
 from forescale.ground.errors import UserError
@@ -112,9 +112,9 @@ def _summarize_other(started: Start, scores: list[dict]) -> None:
         objective.source_kind,
         ("PROMPT", "write its response") if objective.whole else (words, "write text"),
     )
-    writes = (objective.source_kind or objective.whole) and isinstance(
-        started.job.model, ModelConfig
-    )
+    model = started.job.model
+    is_known = isinstance(model, ModelConfig) or is_any_class(model)
+    writes = (objective.source_kind or objective.whole) and is_known
     _next(
         [
             (f"report {name}", "a page with its curves"),

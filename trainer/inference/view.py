@@ -258,13 +258,19 @@ def best_device() -> "torch.device":
 def ready_to_write(model: "nn.Module", int8: bool = False) -> "nn.Module":
     """Return the model on the best device, as it is fastest in writing text; it is of no other use
     then. int8: with products of 8 bits. Raises UserError if this machine has none."""
-    from forescale.models.decoding.products import has_int8, prepare
+    from forescale.models.decoding.products import Int8Product, has_int8, prepare
 
     device = best_device()
     if int8 and (device.type != "cpu" or not has_int8()):
         where = "a GPU" if device.type != "cpu" else "a torch without oneDNN"
         raise UserError("int8", f"is for a CPU, and this is {where}", "leave it out")
-    return prepare(model.to(device), int8)
+    model = prepare(model.to(device), int8)
+    if int8 and not any(
+        isinstance(getattr(m, "product", None), Int8Product) for m in model.modules()
+    ):
+        problem = "is for large matrices of forescale's own models, and this model has none"
+        raise UserError("int8", problem, "leave it out")
+    return model
 
 
 def set_weights(model: "nn.Module", checkpoint: Checkpoint) -> None:

@@ -48,7 +48,9 @@ def reduced(job: RehearseJob, reads_data: bool) -> RehearseJob:
     """Return a job that evaluates a micro-batch and sends nothing to trackers."""
     of_an_evaluation = job.train.micro_batch * job.mesh(job.world_size).data
     names = job.validation.abilities if reads_data else []  # the questions need a tokenizer
+    prompts = job.validation.prompts[:1] if reads_data else []
     few = replace(job.validation, windows=of_an_evaluation, questions=1, abilities=names)
+    few = replace(few, prompts=prompts, prompt_tokens=1)
     return replace(
         job,
         validation=few,

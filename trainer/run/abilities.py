@@ -85,6 +85,25 @@ def questions_of_job(job: TrainJob, sources: "Sources") -> list[Questions]:
     return questions
 
 
+def prompts_of_job(job: TrainJob, sources: "Sources") -> list[list[int]]:
+    """Return the tokens of each of validation.prompts, at the start of a document. Raises UserError
+    if a prompt is no text, or if it and what is written don't fit the training windows."""
+    from forescale.data.tokenizer import text_ids
+
+    length, count, rows = job.train.sequence_length, job.validation.prompt_tokens, []
+    for prompt in job.validation.prompts:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            problem = "a prompt holds half a character (a lone surrogate)"
+            raise UserError("validation.prompts", problem, "take it out")
+        rows.append([sources.end_of_text, *text_ids(sources.tokenizer, prompt)])
+        if len(rows[-1]) + count > length:
+            problem = f"{prompt[:40]!r} has {len(rows[-1]):,} tokens, {count:,} are to follow, "
+            problem += f"and train.sequence_length is {length:,}"
+            todo = "shorten the prompt, or lower validation.prompt_tokens"
+            raise UserError("validation.prompts", problem, todo)
+    return rows
+
+
 def expect_fitting(questions: Sequence[Questions], length: int, key: str, limit: str) -> None:
     """Raise UserError if rows of `length` tokens are too short for some questions. key, limit: the
     config's keys of the examples and of the length, for the sentence."""

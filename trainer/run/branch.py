@@ -60,11 +60,11 @@ def _check_class(origin: Run, job: TrainJob) -> None:
     origin has, whose config is its model."""
     if not is_any_class(job.model):
         return
-    base = thaw(TrainJob, origin.config, trust=True).model  # looked at, not run
-    stored = Path(base.arguments["name"]) if is_any_class(base) else None
-    if stored != Path(str(job.model.arguments["name"])).expanduser().resolve():
+    base, name = thaw(TrainJob, origin.config, trust=True).model, str(job.model.arguments["name"])
+    stored = base.arguments["name"] if is_any_class(base) else None  # looked at, not run
+    if stored not in (name, str(Path(name).expanduser().resolve())):
         problem = f"a branch has the model of {job.run.origin.run}"
-        todo = "leave model and model.name out, or run.from.run, to begin with this directory"
+        todo = "leave out model and model.name; or leave out run.from, to begin with this directory"
         raise UserError("model.name", problem, todo)
 
 

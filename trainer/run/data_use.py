@@ -13,7 +13,7 @@ from forescale.config.train import TrainJob
 from forescale.data.bins import num_windows
 from forescale.data.dataset import Sources, Split
 from forescale.data.objective import window_length
-from forescale.run.abilities import Questions, questions_of_job
+from forescale.run.abilities import Questions, prompts_of_job, questions_of_job
 from forescale.run.feed import (
     epochs,
     feed_of,
@@ -103,6 +103,7 @@ def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
     if job.objective.are_preferences and feed is not None and held_out is not None:
         compared = [*(int(bins.counts.sum()) for bins in feed.bins or ()), *held_out]
     questions = check(lambda: questions_of_job(job, sources))
+    check(lambda: prompts_of_job(job, sources))
     return DataUse(of, held_out, sentences, compared, questions)
 
 

@@ -32,7 +32,7 @@ from forescale.ground.errors import UserError
 from forescale.ground.foreign import read_object
 from forescale.ground.storage import write_checked_json, write_file
 from forescale.models.config import ModelConfig
-from forescale.run.abilities import questions_of_job
+from forescale.run.abilities import prompts_of_job, questions_of_job
 from forescale.run.branch import NewestStep, check_origin, data_of, origin_of, with_step
 from forescale.run.directory import Run, new_run
 from forescale.run.feed import feed_of, resolved_model, whole_rows_of
@@ -69,6 +69,7 @@ def start(job: TrainJob, examine: Examine | None = None, newest: NewestStep | No
     feed_of(job, sources)  # errors of the mixture are reported before anything is written
     whole_rows_of(job, sources, "validation")  # the same of their tables
     questions_of_job(job, sources)
+    prompts_of_job(job, sources)
     prediction_interval_of(job)
     # Compared, not run: the typed job is.
     old = thaw(TrainJob, run.config, trust=True) if run.config.exists() else None

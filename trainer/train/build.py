@@ -35,7 +35,7 @@ from forescale.engine.state import num_parameters
 from forescale.engine.step import Engine
 from forescale.resilience.injector import Injector
 from forescale.resilience.phases import PhaseTimer
-from forescale.run.abilities import questions_of_job
+from forescale.run.abilities import prompts_of_job, questions_of_job
 from forescale.run.band import Watch
 from forescale.run.directory import Attempt, Run
 from forescale.run.feed import feed_of, left_out, objective_of, targets_of_a_window, whole_rows_of
@@ -52,7 +52,7 @@ from forescale.train.model import prices_of
 from forescale.train.outer import Outer
 from forescale.train.preferences import PreferenceScore, evaluate_preferences, pooled_preferences
 from forescale.train.resume import ResumePoint
-from forescale.train.samples import Samples, prompt_ids
+from forescale.train.samples import Samples
 
 S = TypeVar("S")
 
@@ -123,10 +123,10 @@ class Builder:
 
     @cached_property
     def _samples(self) -> Samples | None:
-        rows, tokenizer = prompt_ids(self.job, self.sources), self.sources.tokenizer
-        if not rows:
+        if not self.job.validation.prompts:
             return None
-        decode, end = tokenizer.decode, self.sources.end_of_text
+        rows, end = prompts_of_job(self.job, self.sources), self.sources.end_of_text
+        decode = partial(self.sources.tokenizer.decode, skip_special_tokens=False)
         count = self.job.validation.prompt_tokens
         return Samples(rows, count, decode, end, self.engine, self.phases.mark)
 

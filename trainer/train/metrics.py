@@ -193,8 +193,8 @@ class Metrics(Callback):
         if not self.is_main:
             return
         step = position.step
-        for prompt, text in zip(self.prompts, texts, strict=True):
-            self.attempt.event("text_written", step=step, prompt=prompt, text=text)
+        for i, (prompt, text) in enumerate(zip(self.prompts, texts, strict=True)):
+            self.attempt.event("text_written", step=step, number=i, prompt=prompt, text=text)
             self.line.print(f"step {step:,}: {prompt!r} goes on as {text!r}")
         named = {
             f"validation/text/{i}": p + t

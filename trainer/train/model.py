@@ -83,7 +83,8 @@ def build_model(
     if is_any_class(job.model):  # more than the protocol has
         masked, documents = job.objective.sees_both_sides, job.data.document_mask
         sizes |= {"draws": draws, "masked": masked, "documents": documents}
-        sizes["split"] = getattr(objective_of(job, vocab_size), "split", 0)
+        if job.objective.source_kind:
+            sizes["split"] = getattr(objective_of(job, vocab_size), "split", 0)
     own_model = make("model", job.model, **sizes)
     if not isinstance(own_model, nn.Module):
         where = f"model._target_={job.model.target}"
@@ -170,15 +171,19 @@ def _adapter(job: TrainJob) -> Callable[[nn.Module, list[str]], None]:
 def _adapt_class(job: TrainJob, model: Any) -> None:
     """Put adapters beside the linear layers of a class of transformers. Raises UserError if it has
     none of lora.targets."""
-    every, targets = model.adaptable(), {*job.lora.targets}
+    every, targets, rank = model.adaptable(), {*job.lora.targets}, job.lora.rank
+    if not every:
+        problem = "the class has no linear layer (torch.nn.Linear) for an adapter"
+        raise UserError("lora.rank", problem, "leave it out, and train all weights")
     names = [n for n in every if not targets or n in targets or targets & {*n.split(".")}]
     if unknown := sorted(t for t in targets if not any(t in n.split(".") or t == n for n in every)):
         last = dict.fromkeys(name.rpartition(".")[2] for name in every)
         problem = f"no linear layer of the class is {unknown[0]!r}"
         raise UserError("lora.targets", problem, f"choose from {', '.join(last)}")
-    if not names:
-        problem = "the class has no linear layer (torch.nn.Linear) for an adapter"
-        raise UserError("lora.rank", problem, "leave it out, and train all weights")
+    most = max(min(model.get_submodule(name).weight.shape) for name in names)
+    if rank > most:
+        problem = f"no matrix with an adapter has a rank above {most:,}, got {rank:,}"
+        raise UserError("lora.rank", problem, f"give at most {most:,}; 8 to 64 are usual")
     _adapter(job)(model, names)
 
 
@@ -194,9 +199,9 @@ def freeze(job: TrainJob, model: nn.Module) -> None:
     any_model: Any = model
     if is_any_class(job.model):
         _adapt_class(job, model)
-        entry = any_model.inner.get_input_embeddings()
+        entries = any_model.tables()
     else:
-        entry = any_model.dropout
+        entries = [any_model.dropout]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(stored_name(name)))
     if job.engine.stage == 3:
@@ -204,7 +209,8 @@ def freeze(job: TrainJob, model: nn.Module) -> None:
         def with_gradient(module: nn.Module, args: Any, x_BLD: Tensor) -> Tensor:
             return x_BLD.requires_grad_() if torch.is_grad_enabled() else x_BLD
 
-        entry.register_forward_hook(with_gradient)
+        for entry in entries:
+            entry.register_forward_hook(with_gradient)
 
 
 @torch.no_grad()

@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from forescale.config.train import TrainJob
-from forescale.data.dataset import Sources
-from forescale.data.tokenizer import text_ids
 from forescale.ground.errors import UserError
 from forescale.models.decoding.sampler import Sampler
 
@@ -23,26 +20,13 @@ _SAMPLER = Sampler(temperature=0.8, top_k=50)  # as `generate` has them
 _SEED = 1337
 
 
-def prompt_ids(job: TrainJob, sources: Sources) -> list[list[int]]:
-    """Return the tokens of each of validation.prompts, at the start of a document. Raises UserError
-    if a prompt and its text don't fit the training windows."""
-    length, count = job.train.sequence_length, job.validation.prompt_tokens
-    rows = []
-    for prompt in job.validation.prompts:
-        rows.append([sources.end_of_text, *text_ids(sources.tokenizer, prompt)])
-        if len(rows[-1]) + count > length:
-            problem = f"{prompt[:40]!r} has {len(rows[-1]):,} tokens, and {count:,} are written"
-            todo = f"a row has {length:,} (train.sequence_length): shorten it, or write fewer"
-            raise UserError("validation.prompts", problem, f"{todo} (validation.prompt_tokens)")
-    return rows
-
-
 class Samples:
     """Writes a text to each prompt when called, and returns the texts without the prompts. Every
     rank calls it together: each token is a forward pass of all prompts over a row of the same
     width, which all ranks make.
 
-    rows: the tokens of the prompts; decode: ids to text; end: the id that ends a text.
+    rows: the tokens of the prompts; decode: ids to text, with that of special tokens; end: the id
+    that ends a text.
     """
 
     def __init__(
@@ -75,7 +59,14 @@ class Samples:
                     row.append(token)
             if all(row[-1] == self._end for row in rows):
                 break
-        return [self._decode([t for t in row if t != self._end]) for row in rows]
+        texts = ([t for t in row if t != self._end] for row in rows)
+        return [self._text(prompt, text) for prompt, text in zip(self._rows, texts, strict=True)]
+
+    def _text(self, prompt: list[int], text: list[int]) -> str:
+        """Return what is written as it stands behind its prompt: alone, the first token of some
+        tokenizers loses the space before it."""
+        before, whole = self._decode(prompt), self._decode([*prompt, *text])
+        return whole.removeprefix(before) if whole.startswith(before) else self._decode(text)
 
     def _next(self, tokens_BL: Tensor, at_B: Tensor, drawn_B1: Tensor) -> list[int]:
         """Return the token after column `at` of each row: rank 0 chooses, of equal logits too."""

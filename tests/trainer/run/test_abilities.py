@@ -1,9 +1,14 @@
-"""The names of abilities in rows and records, and the line that shows them."""
+"""The names of abilities in rows and records, the line that shows them, and prompts."""
+
+from dataclasses import replace
 
 import pytest
 
 from forescale.config.abilities import SHOTS, TASKS
+from forescale.ground.errors import UserError
 from forescale.run.abilities import KINDS, Accuracy, Column, column_of, in_words
+from forescale.run.start import start
+from tests.trainer.small_run import make_job
 
 
 def test_every_name_of_a_column_is_read_back():
@@ -29,3 +34,17 @@ def test_a_row_in_words_has_the_shares_alone_in_the_order_of_the_examples():
     row = {"loss": 2.5, **{name: x for one in results for name, x in one.columns.items()}}
     assert in_words(row) == "right answers after 4, 8 examples: copy 8 %, 50 %; recall -, 25 %"
     assert in_words({"loss": 2.5}) == ""
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [("x" * 30, "31 tokens, 8 are to follow, and train.sequence_length is"), ("\udc80", "half a")],
+)
+def test_a_prompt_that_is_no_text_or_too_long_is_refused_before_the_run_is_made(
+    small_data, tmp_path, prompt, sentence
+):
+    job = make_job(small_data, tmp_path, "new", "validation.prompt_tokens=8")
+    job = replace(job, validation=replace(job.validation, prompts=["def", prompt]))
+    with pytest.raises(UserError, match=sentence):
+        start(job)
+    assert not (tmp_path / "new").exists()

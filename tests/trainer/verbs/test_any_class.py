@@ -168,7 +168,12 @@ def test_an_encoder_decoder_fills_gaps_and_is_exported(small_data, tmp_path, for
     folder = save_config("t5", tmp_path / "t5")
     run = make_run(small_data, tmp_path, "two", *model_of(folder), "objective=seq2seq")
     text = "def <extra_id_0>x"
-    out = forescale.prints("generate", run.path, f"prompt={text}", "num_tokens=5", "temperature=0")
+    words = ("generate", run.path, f"prompt={text}", "num_tokens=5", "temperature=0")
+    assert "<extra_id_0>" in forescale.prints(*words)
+    assert "int8: is for large matrices of forescale's own" in forescale.refuses(
+        *words, "int8=true"
+    )
+    assert "objective=pairs" in forescale.refuses("finetune", run.path, "data=x.jsonl")
     out = forescale.prints("export", run.path, f"to={tmp_path / 'hf'}")
     assert "import AutoModelForSeq2SeqLM" in out
     assert "text2text-generation" in (tmp_path / "hf/README.md").read_text()

@@ -156,7 +156,7 @@ class ValidationConfig:
         "texts that each evaluation goes on writing, to see what the model has learned: printed, "
         "and sent to trackers (objectives that continue text)",
     )
-    # prompts: the most tokens that are written to each; one is a forward pass of a row each
+    # prompts: the most tokens that are written to each; each costs a forward pass of all prompts
     prompt_tokens: int = key(64, ge=1)
 
     def problems(self) -> ProblemIterator:

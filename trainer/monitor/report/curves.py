@@ -115,7 +115,9 @@ def read_curves(run: Run, most: int = 3000) -> Curves:
     sides = [curves.lines.pop(_BAND + side, None) for side in ("center", "low", "high")]
     if (center := sides[0]) and sides[1] and sides[2]:
         curves.band = Line(center.x, center.y, sides[1].y, sides[2].y)
-    curves.scores = {**_scores(scores, curves), **_layers(layers, curves)}
+    curves.scores = _scores(scores, curves)
+    for name, line in _layers(layers, curves).items():
+        curves.scores.setdefault(name, {})[LAYERS] = line
     curves.dropped = [*_dropped(run, curves, most)]
     return curves
 
@@ -152,13 +154,13 @@ def _scores(rows: dict[tuple[str, int], Row], curves: Curves) -> dict[str, dict[
     return lines
 
 
-def _layers(norms: dict[int, dict[str, float]], curves: Curves) -> dict[str, dict[str, Line]]:
+def _layers(norms: dict[int, dict[str, float]], curves: Curves) -> dict[str, Line]:
     """Return the line of each layer; norms: of the layers, by step."""
     at = [curves.at(step) for step in norms]
     x = {name: np.array([place.get(name, np.nan) for place in at]) for name in X}
     names = dict.fromkeys(name for of in norms.values() for name in of)
     ys = {name: np.array([of.get(name, np.nan) for of in norms.values()]) for name in names}
-    return {name: {LAYERS: Line(x, y)} for name, y in ys.items()}
+    return {name: Line(x, y) for name, y in ys.items()}
 
 
 def _dropped(run: Run, curves: Curves, most: int) -> Iterable[Line]:

@@ -172,9 +172,10 @@ def texts(runs: Sequence[ReportedRun]) -> list[Section]:
     for run in runs:
         attempts = [a for launch in run.status.goodput.launches for a in launch.attempts]
         every = [row for a in attempts for row in run.status.rows_of_events(a)]
-        newest = {(r["step"], r["prompt"]): r["text"] for r in select(every, kind="text_written")}
-        for step, prompt in sorted(newest, reverse=True)[:_MOST_TEXTS]:
-            text = Markup("<pre><b>{}</b>{}</pre>").format(prompt, newest[step, prompt])
+        newest = {(-r["step"], r["number"]): r for r in select(every, kind="text_written")}
+        for (less_step, _), row in sorted(newest.items())[:_MOST_TEXTS]:
+            step = -less_step
+            text = Markup("<pre><b>{}</b>{}</pre>").format(row["prompt"], row["text"])
             rows.append([*[run.label] * several, whole(step), text])
     if not rows:
         return []
