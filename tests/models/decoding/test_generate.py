@@ -71,7 +71,7 @@ def test_a_source_is_for_encoder_decoders_and_they_need_one(model):
     decoder = Transformer(ModelConfig(depth=1, vocab_size=V, max_sequence_length=S))
     with pytest.raises(ValueError, match="no encoder"):
         generate(decoder, START, 1, source_BS=source())
-    with pytest.raises(ValueError, match="only forescale's own model takes a source"):
+    with pytest.raises(ValueError, match="only forescale's own model and a class"):
         generate(torch.nn.Identity(), START, 1, source_BS=source())
 
 
