@@ -30,6 +30,7 @@ from forescale.ground.errors import UserError
 from forescale.ground.foreign import parse_json, read_text
 from forescale.ground.storage import read_typed
 from forescale.models.config import ModelConfig
+from forescale.models.hf.loading import has_encoder
 from forescale.run.directory import Run
 from forescale.run.feed import whole_rows_of
 from forescale.run.stored import StoredChat
@@ -62,6 +63,15 @@ _OF_MUON = 0.2
 
 _OPEN = 10**9  # steps of a run before its examples are counted: no key may be beyond them yet
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+
+
+def expect_decoder(name: str, config: TrainJob) -> None:
+    """Raise UserError if the class of the run `name` has an encoder, which reads no examples."""
+    model = config.model
+    if is_any_class(model) and has_encoder(model.arguments["config"]):
+        problem = f"{name} has an encoder and a decoder, and examples are rows of a decoder"
+        todo = f"write forescale train NAME run.from.run={name} run.from.load=weights "
+        raise UserError("finetune", problem, f"{todo}objective=pairs data=dataset data.path=DIR")
 
 
 def first_config(

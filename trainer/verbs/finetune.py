@@ -16,7 +16,7 @@ from forescale.config.compose import compose
 from forescale.config.frozen import thaw
 from forescale.config.job import Problems, overrides_of
 from forescale.config.schema import key, plain
-from forescale.config.target import is_any_class, remember
+from forescale.config.target import remember
 from forescale.config.train import TrainJob
 from forescale.data.conversations.examples import unit_of
 from forescale.data.conversations.prepare import (
@@ -30,7 +30,6 @@ from forescale.ground.console import progress_display
 from forescale.ground.document import tell_line
 from forescale.ground.errors import DONE, UserError
 from forescale.inference.view import RunView, open_view
-from forescale.models.hf.loading import has_encoder
 from forescale.plan.oom import fits_here
 from forescale.resilience import launcher
 from forescale.run.directory import Run, is_hf
@@ -42,6 +41,7 @@ from forescale.run.finetune import (
     UPDATES,
     chat_template,
     default_epochs,
+    expect_decoder,
     first_config,
     num_rows,
     smaller_batch,
@@ -118,11 +118,7 @@ def main(arguments: list[str]) -> int:
         todo = "write prepare_only=true without a launcher, then start forescale train NAME with it"
         raise UserError("finetune", "was started as a rank", todo)
     words, view = _named(arguments)
-    model = view.config.model
-    if is_any_class(model) and has_encoder(model.arguments["config"]):
-        problem = f"{view.name} has an encoder and a decoder, and examples are rows of a decoder"
-        todo = f"write forescale train NAME run.from.run={view.name} run.from.load=weights "
-        raise UserError("finetune", problem, f"{todo}objective=pairs data=dataset data.path=DIR")
+    expect_decoder(view.name, view.config)
 
     def base_config(directory: Path) -> dict[str, Any]:
         """Return the config under the command's keys: that of the run itself if it exists. The file
