@@ -103,6 +103,23 @@ def judged(logits_BLV: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
     return wrong_B, empty_B.index_add(0, row_K, nats_K.double().cpu())
 
 
+def logits_beside(
+    engine: "Engine", tokens_BL: Tensor, beside_BL: Tensor, key: str
+) -> tuple[Tensor, Tensor]:
+    """Return the logits of rows, and the numbers that stand beside their tokens: where ranks divide
+    rows, those of this rank's columns. All ranks call it together. Raises UserError, which names
+    the config's `key`, if a class of the user's own returns no logits."""
+    logits_BLV = engine.logits(tokens_BL)
+    if engine.world.columns.size > 1:
+        model: Any = engine.module
+        beside_BL = model.group.columns(beside_BL)
+    if not isinstance(logits_BLV, Tensor) or logits_BLV.shape[:-1] != beside_BL.shape:
+        problem = f"without targets it returns no logits of {len(beside_BL)} rows"
+        todo = f"return logits (B, L, V), or leave out {key}"
+        raise UserError("the model's forward()", problem, todo)
+    return logits_BLV, beside_BL
+
+
 class Abilities:
     """Measures abilities when called: the columns that a row of metrics gets. Every rank calls it
     together; ranks share the questions as they share windows. It changes nothing of the training:
@@ -129,14 +146,8 @@ class Abilities:
 
     def _judge(self, tokens_BL: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
         self._mark("evaluation")
-        group = self._engine.world.columns
-        logits_BLV = self._engine.logits(tokens_BL)
-        model: Any = self._engine.module
-        targets_BC = model.group.columns(targets_BL) if group.size > 1 else targets_BL
-        if not isinstance(logits_BLV, Tensor) or logits_BLV.shape[:-1] != targets_BC.shape:
-            problem = f"without targets it returns no logits of {len(targets_BC)} rows"
-            todo = "return logits (B, L, V), or leave out validation.abilities"
-            raise UserError("the model's forward()", problem, todo)
+        group, key = self._engine.world.columns, "validation.abilities"
+        logits_BLV, targets_BC = logits_beside(self._engine, tokens_BL, targets_BL, key)
         wrong_B, nats_B = judged(logits_BLV, targets_BC)
         if group.size > 1:
             both = torch.stack([wrong_B, nats_B]).to(self._engine.world.device)

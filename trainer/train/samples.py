@@ -5,13 +5,13 @@ compiled), and all evaluations draw the same random numbers: another text comes 
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from forescale.ground.errors import UserError
 from forescale.models.decoding.sampler import Sampler
+from forescale.train.abilities import logits_beside
 
 if TYPE_CHECKING:
     from forescale.engine.step import Engine
@@ -72,18 +72,12 @@ class Samples:
         """Return the token after column `at` of each row: rank 0 chooses, of equal logits too."""
         self._mark("evaluation")
         world = self._engine.world
-        logits_BLV = self._engine.logits(tokens_BL)
         is_last_BL = torch.zeros_like(tokens_BL).index_put(
             (torch.arange(len(at_B)), at_B), torch.tensor(1)
         )
-        if world.columns.size > 1:  # this rank has the logits of its own columns
-            model: Any = self._engine.module
-            is_last_BL = model.group.columns(is_last_BL)
-        if not isinstance(logits_BLV, Tensor) or logits_BLV.shape[:-1] != is_last_BL.shape:
-            problem = f"without targets it returns no logits of {len(at_B)} rows"
-            todo = "return logits (B, L, V), or leave out validation.prompts"
-            raise UserError("the model's forward()", problem, todo)
-        row_K, column_K = is_last_BL.nonzero(as_tuple=True)
+        parts = self._engine, tokens_BL, is_last_BL, "validation.prompts"
+        logits_BLV, is_last_BC = logits_beside(*parts)
+        row_K, column_K = is_last_BC.nonzero(as_tuple=True)
         logits_BV = logits_BLV.new_zeros((len(at_B), logits_BLV.shape[-1]), dtype=torch.float32)
         logits_BV[row_K] = logits_BLV[row_K, column_K].float()
         logits_BV = world.columns.sum(logits_BV).cpu()

@@ -84,6 +84,34 @@ def test_abilities_have_a_section_with_a_chart_for_each_number(own_run, forescal
     assert "Right answers after 4 examples: copy 25 %\n" in forescale.prints("status", "small")
 
 
+def test_layers_have_a_chart_and_texts_a_table_newest_first(own_run, forescale):
+    norms = {"layers.0": 0.5, "validation": 0.25}  # a layer may have the name of a dataset
+    change_rows(
+        own_run.metrics,
+        lambda rows: [
+            r | {"layer_norms": norms} if r["kind"] == "train" and r["step"] in (4, 8) else r
+            for r in rows
+        ],
+    )
+    for step in (4, 8):
+        for number, text in enumerate((f" {step} times", HOSTILE)):
+            facts = {"step": step, "number": number, "prompt": "upon a", "text": text}
+            own_run.attempts()[0].event("text_written", **facts)
+    assert forescale("report", "small")[0] == 0
+    html = (own_run.path.parent.parent / "report-small.html").read_text()
+    scores = data_of(html)["runs"][0]["scores"]
+    assert scores["layers.0"]["layer_norms"]["y"] == [0.5, 0.5]
+    assert scores["layers.0"]["layer_norms"]["x"]["step"] == [4, 8]
+    assert scores["validation"]["layer_norms"]["y"] == [0.25, 0.25]
+    assert scores["validation"]["bits_per_byte"]["y"] == [2.25]
+    assert "Gradient norm of each layer" in section(html, "training")
+    words = section(html, "texts")
+    assert words.index("8 times") < words.index("4 times")
+    assert words.count("upon a") == 4
+    assert HOSTILE not in html
+    assert "text_written" not in section(html, "events")
+
+
 def test_runs_side_by_side_show_what_differs(own_run, forescale):
     shutil.copytree(own_run.path, "elsewhere/small", symlinks=True)
     text = Run("elsewhere/small").config.read_text().partition("\n")[2]
