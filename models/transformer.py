@@ -237,11 +237,6 @@ class Transformer(nn.Module):
         head = self.embedding if self.head is None else self.head
         return head(x_BLD) if targets_BL is None else head(x_BLD, targets_BL)
 
-    def logits_of(self, x_BLD: Tensor) -> Tensor:
-        """Return the logits of a residual stream: (B, L, D) -> (B, L, V)."""
-        logits: Tensor = self._head(normed(self.norm, x_BLD), None)
-        return logits
-
     def divide(self, group: SequenceGroup) -> None:
         """Divide the columns of rows among the ranks of the group. Each rank then calls `forward`
         with the same whole rows, and gets the losses of its own columns."""

@@ -96,7 +96,7 @@ class AnyModel(nn.Module):
         if activation_checkpointing not in ("none", "full"):
             problem = f"has no model.activation_checkpointing={activation_checkpointing}"
             raise ValueError(f"{problem}; write none or full")
-        self.masked = masked
+        self.masked, self.sequence_length = masked, sequence_length
         known = config_of(json.loads(config), masked, split > 0)
         text = known.get_text_config()
         self.split = split if known.is_encoder_decoder else 0

@@ -8,12 +8,12 @@ same bits.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from forescale.models.transformer import Transformer
+from forescale.inspection.blocks import Decoder, blocks_of, changed
 
 Edit = Callable[[int, Tensor], Tensor]  # (layer, values) -> values to go on with
 
@@ -22,14 +22,9 @@ def _same(layer: int, values: Tensor) -> Tensor:
     return values
 
 
-def blocks_of(model: Transformer) -> list[Any]:
-    """Return the blocks, each with the modules mixer and mlp."""
-    return [*model.blocks]
-
-
 @contextmanager
 def edited(
-    model: Transformer,
+    model: Decoder,
     *,
     stream: Edit = _same,
     mixer: Edit = _same,
@@ -46,69 +41,38 @@ def edited(
 
         def hook(module: nn.Module, edit: Edit, layer: int) -> None:
             def after(module: nn.Module, inputs: Any, output: Any) -> Any:
-                first, *rest = output if isinstance(output, tuple) else (output,)
-                first = edit(layer, first)
-                return (first, *rest) if rest else first
+                return changed(output, partial(edit, layer))
 
             stack.callback(module.register_forward_hook(after).remove)
 
-        def before(module: nn.Module, inputs: Any) -> Any:
-            return (stream(0, inputs[0]), *inputs[1:])
+        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if args:
+                return (stream(0, args[0]), *args[1:]), kwargs
+            (name, x), *_ = kwargs.items()
+            return args, kwargs | {name: stream(0, x)}
 
-        stack.callback(blocks_of(model)[0].register_forward_pre_hook(before).remove)
-        for i, block in enumerate(blocks_of(model)):
-            hook(block, lambda layer, x: stream(layer + 1, x), i)
+        blocks = blocks_of(model)
+        first = blocks[0].module.register_forward_pre_hook(before, with_kwargs=True)
+        stack.callback(first.remove)
+        for i, block in enumerate(blocks):
+            hook(block.module, lambda layer, x: stream(layer + 1, x), i)
             hook(block.mixer, mixer, i)
-            hook(block.mlp, mlp, i)
-            if has_heads(block.mixer):
-                attend = block.mixer._attend
-                stack.enter_context(
-                    _replaced(block.mixer, lambda *x, i=i, attend=attend: heads(i, attend(*x)))
-                )
+            if block.mlp is not None:
+                hook(block.mlp, mlp, i)
+            if block.num_heads and heads is not _same:
+                stack.enter_context(block.heads_edited(partial(heads, i)))
         yield
 
 
-def has_heads(mixer: nn.Module) -> bool:
-    """True for attention of any kind: its heads average values."""
-    return hasattr(mixer, "_attend")
-
-
 @contextmanager
-def _replaced(mixer: Any, attend: Callable[..., Tensor]) -> Iterator[None]:
-    """Let a mixer attend by this function."""
-    mixer._attend = attend
-    try:
-        yield
-    finally:
-        del mixer._attend  # the method of its class is seen again
-
-
-@contextmanager
-def mapped(model: Transformer) -> Iterator[dict[int, Tensor]]:
+def mapped(model: Decoder) -> Iterator[dict[int, Tensor]]:
     """Give attention's weights of the forward passes inside, by layer: (B, H, L, L), of queries and
-    keys.
-
-    They are read by averaging values that are the rows of an identity matrix, K columns at a time,
-    with the mixer's own code: whatever a head sees, and by whatever score, its weights are these.
-    """
+    keys."""
     weights: dict[int, Tensor] = {}
-
-    def reading(attend: Callable[..., Tensor], layer: int) -> Callable[..., Tensor]:
-        def read(q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
-            (B, L, G, K), pieces = v.shape, []
-            for first in range(0, L, K):
-                ones = torch.eye(L, device=v.device, dtype=v.dtype)[:, first : first + K]
-                ones = nn.functional.pad(ones, (0, K - ones.shape[1]))
-                pieces.append(attend(q, k, ones[None, :, None].expand(B, L, G, K), context))
-            weights[layer] = torch.cat(pieces, -1)[..., :L].transpose(1, 2)
-            return attend(q, k, v, context)
-
-        return read
-
     with ExitStack() as stack:
         for i, block in enumerate(blocks_of(model)):
-            if has_heads(block.mixer):
-                stack.enter_context(_replaced(block.mixer, reading(block.mixer._attend, i)))
+            if block.num_heads:
+                stack.enter_context(block.weights_read(partial(weights.__setitem__, i)))
         yield weights
 
 

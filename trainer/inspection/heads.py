@@ -5,13 +5,15 @@ itself alone, counts nowhere.
 """
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from forescale.inspection.edits import blocks_of, edited, has_heads, mapped, token_losses
-from forescale.models.transformer import Transformer
+from forescale.inspection.blocks import Decoder, blocks_of
+from forescale.inspection.edits import edited, mapped, token_losses
 
 IS_INDUCTION = 0.3  # mean weight from which a head is marked
 _PROBES = 8  # random directions that estimate an influence
@@ -46,7 +48,7 @@ class Copying:
 
 
 @torch.no_grad()
-def maps_of(model: Transformer, tokens_L: Tensor) -> dict[int, Tensor]:
+def maps_of(model: Decoder, tokens_L: Tensor) -> dict[int, Tensor]:
     """Return the weights of each layer with heads, (H, L, L)."""
     with mapped(model) as maps:
         model(tokens_L[None])
@@ -75,39 +77,39 @@ def describe(maps: dict[int, Tensor], repeated: dict[int, Tensor]) -> dict[int, 
 
 
 @torch.no_grad()
-def copying(model: Transformer, repeated_L: Tensor) -> Copying:
+def copying(model: Decoder, repeated_L: Tensor) -> Copying:
     """Return the loss of random tokens read twice: a model that copies loses less again."""
     losses = token_losses(model(repeated_L[None]), repeated_L[None])[0]
     half = len(losses) // 2
     return Copying(half, float(losses[:half].mean()), float(losses[half:].mean()))
 
 
-def influences_of(model: Transformer, tokens_L: Tensor, seed: int = 0) -> dict[int, Tensor]:
+def influences_of(model: Decoder, tokens_L: Tensor, seed: int = 0) -> dict[int, Tensor]:
     """Return for each mixer without heads how much its output at a token depends on its input at
     another, (L, L), each row divided by its sum.
 
     That is the Frobenius norm of the Jacobian's block, estimated with random directions (Hutchinson
     1989): such a mixer has no weights to show.
     """
-    inputs: dict[int, tuple] = {}
-    blocks = blocks_of(model)
-    layers = [i for i, block in enumerate(blocks) if not has_heads(block.mixer)]
+    inputs: dict[nn.Module, tuple[tuple, dict[str, Any]]] = {}
+    mixers = {i: block.mixer for i, block in enumerate(blocks_of(model)) if not block.num_heads}
 
-    def keep(layer: int):
-        return lambda module, inputs_of_layer: inputs.__setitem__(layer, inputs_of_layer)
+    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs[module] = args, kwargs
 
-    hooks = [blocks[i].mixer.register_forward_pre_hook(keep(i)) for i in layers]
-    with torch.no_grad():
-        model(tokens_L[None])
-    for hook in hooks:
-        hook.remove()
-    return {i: _influence(blocks[i].mixer, inputs[i], seed) for i in layers}
+    with ExitStack() as stack:
+        for mixer in mixers.values():
+            stack.enter_context(mixer.register_forward_pre_hook(keep, with_kwargs=True))
+        with torch.no_grad():
+            model(tokens_L[None])
+    return {i: _influence(mixer, *inputs[mixer], seed) for i, mixer in mixers.items()}
 
 
 @torch.enable_grad()
-def _influence(mixer, inputs: tuple, seed: int) -> Tensor:
-    x_1LD = inputs[0].detach().requires_grad_()
-    y = mixer(x_1LD, *inputs[1:])
+def _influence(mixer: nn.Module, args: tuple, kwargs: dict[str, Any], seed: int) -> Tensor:
+    x_1LD = (args or tuple(kwargs.values()))[0].detach().requires_grad_()
+    name = next(iter(kwargs), "")
+    y = mixer(x_1LD, *args[1:], **kwargs) if args else mixer(**kwargs | {name: x_1LD})
     y_LD = (y[0] if isinstance(y, tuple) else y)[0]
     length, width = y_LD.shape
     generator = torch.Generator().manual_seed(seed)
@@ -122,9 +124,10 @@ def _influence(mixer, inputs: tuple, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def lens(model: Transformer, tokens_L: Tensor) -> Tensor:
+def lens(model: Decoder, tokens_L: Tensor) -> Tensor:
     """Return what the head would say of the stream after each block, (layers + 1, L, V) logits: the
-    logit lens (nostalgebraist 2020). 0 is the embedding."""
+    logit lens (nostalgebraist 2020). 0 is the embedding. Each stream goes on from behind the last
+    block, through whatever norms and head the model has there."""
     streams: list[Tensor] = []
 
     def keep(layer: int, values: Tensor) -> Tensor:
@@ -133,4 +136,7 @@ def lens(model: Transformer, tokens_L: Tensor) -> Tensor:
 
     with edited(model, stream=keep):
         model(tokens_L[None])
-    return torch.cat([model.logits_of(x_1LD) for x_1LD in streams]).float()
+    rows_NLD, last = torch.cat(streams), len(streams) - 1
+    with edited(model, stream=lambda layer, values: rows_NLD if layer == last else values):
+        logits_NLV: Tensor = model(tokens_L[None])
+    return logits_NLV.float()

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from forescale.inspection.heads import IS_INDUCTION
-from forescale.inspection.interventions import DRAWS, PLACES
+from forescale.inspection.interventions import DRAWS
 from forescale.inspection.reading import Reading, name_of
 from forescale.pages.document import code, render
 
@@ -31,6 +31,7 @@ def page(
 ) -> str:
     """Return the page as HTML. pieces: the text of each token; title: the run and its step;
     command: the words of the command that made it."""
+    mixers = zip(reading.layers, reading.ablation.mixers, strict=True)
     return render(
         _HERE / "reading.html.j2",
         title=f"Inside {title}",
@@ -41,6 +42,7 @@ def page(
         draws=DRAWS,
         has_heads=any(layer.heads for layer in reading.layers),
         without_heads=sorted({layer.mixer for layer in reading.layers if not layer.heads}),
+        without_parts=sorted({la.mixer for la, x in mixers if x is None}),
         subject="".join(pieces[reading.trace.first : reading.trace.end]) if reading.trace else "",
         answer=spaced(name_of(tokenizer, reading.trace.answer)) if reading.trace else "",
         data=_data(reading, pieces, tokenizer),
@@ -80,5 +82,5 @@ def _data(reading: Reading, pieces: Sequence[str], tokenizer: Tokenizer) -> dict
             for layer in reading.layers
         ],
         "ablation": vars(reading.ablation),
-        "trace": reading.trace and {**vars(reading.trace), "places": list(PLACES)},
+        "trace": reading.trace and {**vars(reading.trace), "places": [*reading.trace.restored]},
     }

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from forescale.ground.console import Progress, silent
-from forescale.inspection.edits import Edit, blocks_of, edited, has_heads, in_parts, token_losses
-from forescale.models.transformer import Transformer
+from forescale.inspection.blocks import Decoder, blocks_of
+from forescale.inspection.edits import Edit, edited, in_parts, token_losses
 
 PLACES = ("stream", "mixer", "mlp")
 _NOISE = 3.0
@@ -32,20 +32,20 @@ DRAWS = 8
 @dataclass(frozen=True)
 class Ablation:
     """heads: for each layer those of its heads, [] for a mixer without heads; mixers, mlps: one a
-    layer."""
+    layer, None where a class of transformers has no such part that is added to the stream."""
 
     heads: list[list[float]]
-    mixers: list[float]
-    mlps: list[float]
+    mixers: list[float | None]
+    mlps: list[float | None]
 
 
 @torch.no_grad()
-def ablate(model: Transformer, tokens_L: Tensor, progress: Progress = silent) -> Ablation:
+def ablate(model: Decoder, tokens_L: Tensor, progress: Progress = silent) -> Ablation:
     """Return the changes of the loss. tokens (L,): what the model reads; the first has no loss."""
     whole = float(token_losses(model(tokens_L[None]), tokens_L[None]).mean())
     blocks, done = blocks_of(model), 0
     layers = len(blocks)
-    counts = [b.mixer.num_heads if has_heads(b.mixer) else 0 for b in blocks]
+    counts = [block.num_heads for block in blocks]
     total = 2 * layers + sum(counts)
 
     def changes(count: int, **edits) -> list[float]:
@@ -86,21 +86,22 @@ def ablate(model: Transformer, tokens_L: Tensor, progress: Progress = silent) ->
 
         return rows
 
+    mixers, mlps = changes(layers, mixer=without_layer), changes(layers, mlp=without_layer)
     return Ablation(
         heads=[
             changes(count, heads=without_head_of(i)) if count else []
             for i, count in enumerate(counts)
         ],
-        mixers=changes(layers, mixer=without_layer),
-        mlps=changes(layers, mlp=without_layer),
+        mixers=[x if block.adds else None for x, block in zip(mixers, blocks, strict=True)],
+        mlps=[x if b.adds and b.mlp else None for x, b in zip(mlps, blocks, strict=True)],
     )
 
 
 @dataclass(frozen=True)
 class Trace:
-    """clean, corrupted: probability of the answer's first token; restored: for each place of PLACES
-    (layers, L), the mean over the draws; of the stream, behind block i. first, end: the subject's
-    tokens."""
+    """clean, corrupted: probability of the answer's first token; restored: for each place (layers,
+    L), the mean over the draws; of the stream, behind block i; the others are of PLACES, those that
+    all blocks have. first, end: the subject's tokens."""
 
     answer: int
     first: int
@@ -112,7 +113,7 @@ class Trace:
 
 @torch.no_grad()
 def trace(
-    model: Transformer,
+    model: Decoder,
     tokens_L: Tensor,
     first: int,
     end: int,
@@ -124,8 +125,11 @@ def trace(
 
     answer: the token that should follow the text; None: the model's most likely one.
     """
-    length, layers = len(tokens_L), len(model.blocks)
-    clean: dict[str, dict[int, Tensor]] = {place: {} for place in PLACES}
+    blocks = blocks_of(model)
+    length, layers = len(tokens_L), len(blocks)
+    count = (2 + all(b.mlp is not None for b in blocks)) if all(b.adds for b in blocks) else 1
+    places = PLACES[:count]
+    clean: dict[str, dict[int, Tensor]] = {place: {} for place in places}
 
     def keep(place: str) -> Edit:
         def edit(layer: int, values: Tensor) -> Tensor:
@@ -134,7 +138,7 @@ def trace(
 
         return edit
 
-    with edited(model, **{place: keep(place) for place in PLACES}):
+    with edited(model, **{place: keep(place) for place in places}):
         after_V = model(tokens_L[None])[0, -1].float().softmax(-1)
     answer = int(after_V.argmax()) if answer is None else answer
     embedded_LD = clean["stream"][0]
@@ -172,9 +176,9 @@ def trace(
         return logits.float().softmax(-1)[:, answer].view(count, DRAWS)
 
     corrupted = float(chances(None, 0, torch.zeros(1, dtype=torch.long)).mean())
-    restored: dict[str, list[list[float]]] = {place: [] for place in PLACES}
-    done, total = 0, len(PLACES) * layers * length
-    for place in PLACES:
+    restored: dict[str, list[list[float]]] = {place: [] for place in places}
+    done, total = 0, len(places) * layers * length
+    for place in places:
         for layer in range(layers):
             row: list[float] = []
             for part in in_parts(length, length * DRAWS):

@@ -96,9 +96,9 @@ const pointed = event => {
 $("big").addEventListener("mousemove", pointed); $("big").addEventListener("click", pointed);
 
 // Ablation
-const A = D.ablation, every = [...A.heads.flat(), ...A.mixers, ...A.mlps], largest = Math.max(...every.map(Math.abs), 1e-9);
+const A = D.ablation, every = [...A.heads.flat(), ...A.mixers, ...A.mlps].filter(x => x !== null), largest = Math.max(...every.map(Math.abs), 1e-9);
 const most = Math.max(...A.heads.map(h => h.length));
-const cell = x => { if (x === undefined) return make("td"); const td = make("td", {textContent: (x >= 0 ? "+" : "") + number(x)}), t = Math.sqrt(Math.abs(x) / largest); td.style.background = mix(x >= 0 ? ORANGE : BLUE, t * .85); if (t > .75) td.style.color = "#fff"; return td; };
+const cell = x => { if (x === undefined || x === null) return make("td"); const td = make("td", {textContent: (x >= 0 ? "+" : "") + number(x)}), t = Math.sqrt(Math.abs(x) / largest); td.style.background = mix(x >= 0 ? ORANGE : BLUE, t * .85); if (t > .75) td.style.color = "#fff"; return td; };
 $("ablation-table").append(make("tr", {}, make("th"), ...["mixer", "MLP", ...Array.from({length: most}, (_, h) => `head ${h}`)].map(textContent => make("th", {textContent}))));
 D.layers.forEach((layer, l) => $("ablation-table").append(make("tr", {}, make("th", {textContent: `layer ${l}`}), cell(A.mixers[l]), cell(A.mlps[l]), ...Array.from({length: most}, (_, h) => cell(A.heads[l][h])))));
 

@@ -15,12 +15,10 @@ from forescale.ground.console import Progress, silent
 from forescale.ground.errors import UserError
 from forescale.inference.details import repeated_tokens
 from forescale.inference.generation import pieces
-from forescale.inference.view import RunView
 from forescale.inspection import heads
+from forescale.inspection.blocks import Decoder, blocks_of
 from forescale.inspection.heads import Copying, Head
 from forescale.inspection.interventions import Ablation, Trace, ablate, trace
-from forescale.models.config import ModelConfig
-from forescale.models.flops import layers_of
 from forescale.models.transformer import Transformer
 
 BEGIN = "<begin>"  # the token that begins a document
@@ -80,20 +78,8 @@ class Reading:
         return {"loss": self.loss, **numbers}
 
 
-def expect_decoder(view: RunView) -> None:
-    """Raise UserError unless the model is forescale's own, a decoder alone."""
-    config = view.config
-    if not isinstance(config.model, ModelConfig):
-        problem = "its model is a class of your own or of transformers, "
-        problem += "whose parts are not known here"
-        raise UserError(view.name, problem, "inspect a run of a built-in model: model=tiny")
-    if not config.continues_text or config.model.has_encoder or not config.model.causal:
-        problem = f"was trained with objective={config.objective.kind}, and is no decoder alone"
-        raise UserError(view.name, problem, "inspect a run that continues text")
-
-
 def read(
-    model: Transformer,
+    model: Decoder,
     tokens: Sequence[int],
     subject: tuple[int, int] | None = None,
     answer: int | None = None,
@@ -116,8 +102,11 @@ def read(
         list(zip(i.tolist(), p.tolist(), strict=True))
         for i, p in zip(top.indices, top.values, strict=True)
     ]
-    sizes = model.sizes
-    repeated_L = repeated_tokens(sizes.vocab_size, tokens[0], sizes.max_sequence_length, seed)
+    if isinstance(model, Transformer):
+        ids, most = model.sizes.vocab_size, model.sizes.max_sequence_length
+    else:
+        ids, most = model.tables()[0].num_embeddings, model.sequence_length
+    repeated_L = repeated_tokens(ids, tokens[0], most, seed)
     repeated_L = repeated_L.to(row_L.device)
     maps = {i: m.cpu() for i, m in heads.maps_of(model, row_L).items()}
     described = heads.describe(
@@ -126,12 +115,12 @@ def read(
     influences = heads.influences_of(model, row_L, seed)
     layers = [
         Layer(
-            mixer=parts.mixer.kind,
-            mlp=parts.mlp.kind,
+            mixer=block.mixer_kind,
+            mlp=block.mlp_kind,
             maps=maps[i] if i in maps else influences[i][None],
             heads=described.get(i, []),
         )
-        for i, parts in enumerate(layers_of(model.config))
+        for i, block in enumerate(blocks_of(model))
     ]
     return Reading(
         tokens=list(tokens),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from forescale.config.compose import parse
 from forescale.config.job import RunJob
 from forescale.config.schema import key
+from forescale.config.target import TargetConfig, is_any_class
 from forescale.ground.console import progress_display
 from forescale.ground.document import is_json, tell
 from forescale.ground.errors import DONE, UserError
@@ -15,7 +16,7 @@ from forescale.ground.storage import write_output
 from forescale.inference.view import RunView, best_device, open_view
 
 if TYPE_CHECKING:
-    from forescale.models.transformer import Transformer
+    from forescale.inspection.blocks import Decoder
 
 
 @dataclass
@@ -52,9 +53,10 @@ def main(arguments: list[str]) -> int:
     job = parse(InspectJob, arguments)
     view = open_view(job.target or "", job.run.root)
     from forescale.data.tokenizer import text_ids
-    from forescale.inspection.reading import expect_decoder, read, spelled, tokens_of
+    from forescale.inspection.blocks import UnknownParts
+    from forescale.inspection.reading import read, spelled, tokens_of
 
-    expect_decoder(view)
+    _expect_decoder(view)
     checkpoint = view.checkpoint(job.step)
     ids, text = _ids(view, job)
     pieces = spelled(view.tokenizer, ids)
@@ -66,9 +68,12 @@ def main(arguments: list[str]) -> int:
         if not (answer_ids := text_ids(view.tokenizer, job.answer)):
             raise UserError("answer", "is empty", "write what should follow the text")
         answer = answer_ids[0]
-    model: Transformer = view.load(checkpoint).to(best_device())  # type: ignore[assignment]
-    with progress_display() as progress:
-        reading = read(model, ids, subject, answer, job.seed, progress)
+    model: Decoder = view.load(checkpoint).to(best_device())  # type: ignore[assignment]
+    try:
+        with progress_display() as progress:
+            reading = read(model, ids, subject, answer, job.seed, progress)
+    except UnknownParts as e:
+        raise UserError(view.name, str(e), "inspect a run of another model") from e
     if is_json():  # all numbers but the maps, and no page
         tell({"pieces": pieces, **reading.as_dict()})
         return DONE
@@ -84,6 +89,18 @@ def main(arguments: list[str]) -> int:
         f"{marked} induction head{'s' * (marked != 1)}; open it in a browser."
     )
     return DONE
+
+
+def _expect_decoder(view: RunView) -> None:
+    """Raise UserError unless the model is a decoder alone, of forescale or of transformers."""
+    if isinstance(view.config.model, TargetConfig) and not is_any_class(view.config.model):
+        problem = "its model is a class of your own, whose parts are not known here"
+        raise UserError(view.name, problem, "inspect a run of a built-in model: model=tiny")
+    if not view.config.continues_text:
+        problem = f"was trained with objective={view.config.objective.kind}, "
+        raise UserError(
+            view.name, f"{problem}and is no decoder alone", "inspect a run that continues text"
+        )
 
 
 def _ids(view: RunView, job: InspectJob) -> tuple[list[int], str]:

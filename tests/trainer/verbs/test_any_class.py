@@ -47,13 +47,16 @@ def test_an_export_computes_the_same(gemma, tmp_path, forescale):
     assert rounded.dtype == torch.bfloat16
 
 
-def test_it_writes_and_is_scored(gemma, forescale):
+def test_it_writes_and_is_scored_and_looked_into(gemma, tmp_path, forescale):
     words = ("generate", gemma.path, "prompt=def ", "num_tokens=9", "temperature=0")
     alone = forescale.prints(*words)
     texts = open_run(gemma.path).generate(["def ", "for name in", "x"], num_tokens=9, temperature=0)
     assert texts[0] in alone
     assert "perplexity" in forescale.prints("eval", gemma.path)
-    assert "parts are not known" in forescale.refuses("inspect", gemma.path, "text=def main")
+    page = tmp_path / "page.html"
+    out = forescale.prints("inspect", gemma.path, "text=def main", "subject=main", f"to={page}")
+    assert "tokens of the text" in out
+    assert "Gemma2Attention" in page.read_text()
 
 
 def test_its_config_is_frozen_with_it(gemma, small_data, tmp_path, forescale):

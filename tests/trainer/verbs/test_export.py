@@ -179,6 +179,7 @@ def test_a_class_of_the_users_own_is_refused(small_data, tmp_path, forescale):
     custom = ["model._target_=tests.trainer.inference.test_view.Tied", "model.width=16"]
     run = make_run(small_data, tmp_path / "runs", "own", *custom)
     assert "test_view.Tied" in forescale.refuses("export", run.path)
+    assert "parts are not known" in forescale.refuses("inspect", run.path, "text=def main")
 
 
 def test_nothing_half_written_stays(own_run, forescale, monkeypatch):

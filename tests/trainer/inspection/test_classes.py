@@ -1,0 +1,92 @@
+"""What is read in a class of transformers equals the class with its own weights set to zero."""
+
+import pytest
+import torch
+
+from forescale.inspection import heads
+from forescale.inspection.blocks import blocks_of
+from forescale.inspection.edits import token_losses
+from forescale.inspection.interventions import ablate
+from forescale.inspection.reading import read
+from tests.models.hf.test_any_class import any_model, tokens_of
+from tests.trainer.inspection.test_numbers import close
+
+# By kind: the matrices whose outputs the mixer and the MLP of a layer return.
+MATRICES = {
+    "mistral": ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"),
+    "phi": ("model.layers.{}.self_attn.dense", "model.layers.{}.mlp.fc2"),
+    "gpt2": ("transformer.h.{}.attn.c_proj", "transformer.h.{}.mlp.c_proj"),
+    "gemma2": ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"),
+    "qwen3_next": ("model.layers.{}.self_attn.o_proj", ""),
+    "deepseek_v3": ("model.layers.{}.self_attn.o_proj", ""),
+    "mamba": ("backbone.layers.{}.mixer.out_proj", ""),
+}
+WITH_MAPS = [kind for kind in MATRICES if kind != "mamba"]
+
+
+@pytest.mark.parametrize("kind", WITH_MAPS)
+def test_maps_are_the_attentions_of_the_class_and_the_lens_ends_in_its_logits(kind):
+    model, x = any_model(kind).eval(), tokens_of(1, 13)[0]
+    maps, lens = heads.maps_of(model, x), heads.lens(model, x)
+    with torch.no_grad():
+        output = model.inner(x[None], output_attentions=True)
+    expected = [weights for weights in output.attentions if weights is not None]
+    assert len(maps) == len(expected)
+    for weights, of_class in zip(maps.values(), expected, strict=True):
+        close(weights, of_class[0])
+    close(lens[-1], output.logits[0])
+    assert not torch.allclose(lens[0], lens[-1])
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_a_part_or_a_head_without_its_matrix(kind):
+    model, x = any_model(kind).eval(), tokens_of(1, 13)[0]
+    result, layer = ablate(model, x), len(blocks_of(model)) - 1
+
+    def without(columns, *names):
+        """The change of the loss with this slice of matrices, and with their biases, at zero."""
+        saved = {name: p.detach().clone() for name, p in model.named_parameters()}
+        whole = token_losses(model(x[None]), x[None]).mean()
+        for name in names:
+            part = model.inner.get_submodule(name)
+            weight = part.weight if type(part).__name__ == "Conv1D" else part.weight.T
+            weight[columns] = 0
+            if columns == slice(None) and part.bias is not None:
+                part.bias.zero_()
+        changed = token_losses(model(x[None]), x[None]).mean() - whole
+        model.load_state_dict(saved, strict=False)
+        return float(changed)
+
+    mixer, mlp = (name.format(layer) for name in MATRICES[kind])
+    with torch.no_grad():
+        close(result.mixers[layer], without(slice(None), mixer))
+        if mlp:
+            close(result.mlps[layer], without(slice(None), mlp))
+        if kind != "mamba":
+            part = model.inner.get_submodule(mixer)
+            size = part.weight.shape[type(part).__name__ != "Conv1D"] // 2
+            for head in (0, 1):
+                rows = slice(head * size, (head + 1) * size)
+                close(result.heads[layer][head], without(rows, mixer))
+
+
+def test_a_trace_goes_from_the_noise_back_to_the_clean_text():
+    model, x = any_model("gemma2").eval(), tokens_of(1, 13)[0]
+    trace = read(model, x.tolist(), subject=(2, 4)).trace
+    assert [*trace.restored] == ["stream", "mixer", "mlp"]
+    close(trace.restored["stream"][-1][-1], trace.clean)
+    close(trace.restored["stream"][-1][:-1], [trace.corrupted] * 12)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "opt", "falcon"])
+def test_parts_that_a_class_does_not_add_have_no_number(kind):
+    """BLOOM's parts return the stream itself, and OPT's MLP is no module."""
+    model, x = any_model(kind).eval(), tokens_of(1, 7)[0]
+    reading = read(model, x.tolist(), subject=(2, 4))
+    assert all((x is None) == (kind != "falcon") for x in reading.ablation.mixers)
+    assert [*reading.trace.restored] == (
+        ["stream", "mixer", "mlp"] if kind == "falcon" else ["stream"]
+    )
+    for layer in reading.layers:
+        assert bool(layer.heads) == (kind == "opt")
+        close(layer.maps.sum(-1), torch.ones(layer.maps.shape[:2]))
