@@ -227,6 +227,18 @@ class AnyModel(nn.Module):
         every = (part.get_input_embeddings() for part in parts)
         return [*dict.fromkeys(table for table in every if isinstance(table, nn.Embedding))]
 
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Return the FLOPs of training on a column, the mean of a row: 6 for each weight that reads
+        it, 4 for a frozen one. An encoder reads the source alone, all other weights the rest."""
+        tables = {id(table.weight) for table in self.tables()}  # an encoder's may be the head
+        encoder = self.inner.get_encoder().parameters() if self.split else ()
+        of_source, share = {id(p) for p in encoder} - tables, self.split / self.sequence_length
+        flops = 0.0
+        for p in self.parameters():
+            weight = (6 if p.requires_grad else 4) * getattr(p, "ds_numel", p.numel())
+            flops += weight * (share if id(p) in of_source else 1 - share)
+        return flops
+
     def adaptable(self) -> list[str]:
         """Return the names of the modules that can have an adapter: linear layers, but for the
         head."""

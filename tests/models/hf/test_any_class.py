@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from forescale.models.decoding.batch import Batch, Choice, generate
 from forescale.models.decoding.sampler import Sampler
@@ -191,6 +192,18 @@ def test_an_encoder_reads_the_source_and_the_decoder_writes_the_target(kind):
             output = model.inner(input_ids=source, decoder_input_ids=row[None, 10:], labels=labels)
             expected = output.loss * (labels != -100).sum()
             assert abs(loss - expected) < 1e-5 * expected
+
+
+@pytest.mark.parametrize("kind", TWO_PARTS)
+def test_its_flops_are_those_of_its_products(kind):
+    """But for the scores of attention; tables of positions count as matrices."""
+    model = any_model(kind, split=14)
+    rows = tokens_of(rows=1)
+    with FlopCounterMode(display=False) as counter:
+        model(rows, rows.roll(-1, 1)).sum().backward()
+    assert model.flops_per_token(LENGTH) * LENGTH == pytest.approx(
+        counter.get_total_flops(), rel=0.2
+    )
 
 
 @pytest.mark.parametrize("kind", TWO_PARTS)
