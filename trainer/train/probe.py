@@ -77,14 +77,38 @@ def _examine(job: TrainJob, vocab_size: int) -> None:
     for i, callback in enumerate(job.callbacks):
         _expect_arguments(f"callbacks.{i}", callback)
     if isinstance(job.optimizer, OwnOptimizerConfig):
-        import torch
-
-        from forescale.engine.optimizers.own import build
-
-        weights = [torch.nn.Parameter(torch.zeros(2, 2))]
-        build(job.optimizer, [{"params": weights, "weight_decay": 0.0, "name": "all"}])
+        _examine_optimizer(job.optimizer)
     if not isinstance(job.model, ModelConfig):
         examine_model(job, vocab_size)
+
+
+def _examine_optimizer(config: OwnOptimizerConfig) -> None:
+    """Raise UserError if the user's optimizer can't be built, keeps states of another shape than
+    the weights', or updates a matrix otherwise than its elements in a row: ZeRO gives it rows."""
+    import torch
+
+    from forescale.engine.optimizers.own import build
+
+    where, stepped = f"optimizer._target_={config.target}", []
+    todo = "ZeRO cuts weights into flat parts, so update each element by itself"
+    for shape in ((2, 2), (4,)):
+        p = torch.nn.Parameter(torch.arange(1.0, 5.0).view(shape))
+        p.grad = torch.tensor([3.0, -1.0, 0.5, 2.0]).view(shape)
+        optimizer = build(config, [{"params": [p], "weight_decay": 0.0, "name": "all"}])
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                optimizer.step()
+        except Exception:  # such as a kernel of a GPU; then the first step of the run decides
+            return
+        for name, state in optimizer.state[p].items():
+            if torch.is_tensor(state) and state.dim() and state.shape != p.shape:
+                problem = f"keeps {name} of shape {list(state.shape)} for a weight of {list(shape)}"
+                raise UserError(where, problem, todo)
+        stepped.append(p.detach().flatten())
+    as_matrix, in_a_row = stepped
+    if not torch.allclose(as_matrix, in_a_row):
+        raise UserError(where, "updates a matrix otherwise than its elements in a row", todo)
 
 
 def _expect_arguments(where: str, config: TargetConfig) -> None:

@@ -93,6 +93,11 @@ class Callback:
         pass
 
 
+class OfRows(torch.optim.SGD):
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.data -= p.grad / p.grad.norm(dim=-1, keepdim=True)
+
 class NoOptimizer:
     def __init__(self, groups, lr):
         pass
@@ -157,11 +162,24 @@ def test_a_class_that_can_not_train_is_one_sentence(job_with, name, message):
             ["optimizer=own", "optimizer._target_=ownclasses.NoOptimizer"],
             r"this builds a NoOptimizer, which is not an optimizer",
         ),
+        (
+            ["optimizer=own", "optimizer._target_=torch.optim.Adafactor"],
+            r"keeps row_var of shape \[2, 1\] for a weight of \[2, 2\]; .* each element by itself",
+        ),
+        (
+            ["optimizer=own", "optimizer._target_=ownclasses.OfRows"],
+            r"updates a matrix otherwise than its elements in a row; .* each element by itself",
+        ),
     ],
 )
 def test_misspelt_arguments_and_wrong_classes_are_found(job_with, overrides, message):
     with pytest.raises(UserError, match=message):
         examine(job_with("Model", *overrides), DATA)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "NAdam", "RMSprop"])
+def test_an_optimizer_that_updates_each_element_by_itself_is_taken(job_with, name):
+    examine(job_with("Model", "optimizer=own", f"optimizer._target_=torch.optim.{name}"), DATA)
 
 
 def test_good_arguments_are_taken(job_with):

@@ -1,9 +1,9 @@
 """An optimizer class of the user's own, given by optimizer._target_.
 
 It is built as `Class(groups, lr=1.0, **optimizer.arguments)`. The class must update each element
-independently (ZeRO cuts parameters into flat parts), read "lr" and "weight_decay" from its groups
-at each step, and keep its state in self.state[p]: tensors of p's shape are saved and restored by
-their names.
+independently (ZeRO cuts parameters into flat parts; train/probe.py tries it), read "lr" and
+"weight_decay" from its groups at each step, and keep its state in self.state[p]: tensors of p's
+shape are saved and restored by their names.
 """
 
 import torch
