@@ -43,19 +43,19 @@ class Family:
     gains_less_one: bool = False
 
 
-def _names(text: str) -> dict[str, str]:
+def pairs(text: str) -> dict[str, str]:
     """Return our module -> the Hugging Face name, of pairs."""
     return dict(pair.split("=") for pair in text.split())
 
 
-_LLAMA_INNER = _names(
+_LLAMA_INNER = pairs(
     "mixer_norm=input_layernorm mixer.query=self_attn.q_proj mixer.key=self_attn.k_proj "
     "mixer.value=self_attn.v_proj mixer.output=self_attn.o_proj mlp_norm=post_attention_layernorm "
     "mlp.up=mlp.up_proj mlp.down=mlp.down_proj"
 )
 _GATE = {"mlp.gate": "mlp.gate_proj"}
-_QK_NORM = _names("mixer.query_norm=self_attn.q_norm mixer.key_norm=self_attn.k_norm")
-_LLAMA_OUTER = _names("embedding=model.embed_tokens norm=model.norm head=lm_head")
+_QK_NORM = pairs("mixer.query_norm=self_attn.q_norm mixer.key_norm=self_attn.k_norm")
+_LLAMA_OUTER = pairs("embedding=model.embed_tokens norm=model.norm head=lm_head")
 # The choices of all families that do not override them.
 _PLAIN: dict[str, Any] = {"mixer": "attention", "mixer.qkv_bias": False, "mixer.gate": "none"}
 _PLAIN |= {"mixer.value_residual": 0.0, "mixer.token_shift": False, "mixer.score_dim": None}
@@ -66,7 +66,7 @@ _ROTARY = _PLAIN | {"position": "rotary", "position.fraction": 1.0, "norm": "rms
 _DENSE = {"mlp": "swiglu", "mixer.qk_norm": "none"}
 _EXPERTS = {"mlp": "moe", "bias": False, "mlp.scores": "softmax", "mlp.shared": 0}
 _RATIOS = {"num_kv_heads": "num_heads", "head_dim": "width / num_heads"}
-_POST_NORMS = _names(
+_POST_NORMS = pairs(
     "mixer_post_norm=post_attention_layernorm mlp_post_norm=post_feedforward_layernorm"
 )
 _WINDOWS = {"mixer": ("attention", "window")}
@@ -78,6 +78,11 @@ _PLAIN_ACT = {"hidden_act": ("mlp", _UNGATED | {"gelu_pytorch_tanh": "gelu"})}
 _LAYERNORM = {"norm": "layernorm", "norm.gain": True, "bias": True}
 _BIASED = _LAYERNORM | {"mlp": ("gelu", "gelu_exact", "relu")}
 _EPS_OF_LAYERNORM = {"rms_norm_eps": "layer_norm_eps"}
+
+
+def plain(without: str) -> dict[str, Any]:
+    """Return the choices that all families share, but for the keys `without`."""
+    return {key: value for key, value in _PLAIN.items() if key not in without.split()}
 
 
 def _llama_like(
@@ -224,9 +229,9 @@ FAMILIES = {
         | _BIASED
         | _RATIOS
         | {"norm.placement": ("parallel", "pre"), "mixer.qk_norm": "none"},
-        _names("embedding=gpt_neox.embed_in norm=gpt_neox.final_layer_norm head=embed_out"),
+        pairs("embedding=gpt_neox.embed_in norm=gpt_neox.final_layer_norm head=embed_out"),
         "gpt_neox.layers.{}",
-        _names(
+        pairs(
             "mixer_norm=input_layernorm mixer.qkv=attention.query_key_value "
             "mixer.output=attention.dense mlp_norm=post_attention_layernorm "
             "mlp.up=mlp.dense_h_to_4h mlp.down=mlp.dense_4h_to_h"
@@ -245,11 +250,11 @@ FAMILIES = {
         | _RATIOS
         | _LAYERNORM
         | {"position": "learned", "mlp": "gelu", "mixer.qk_norm": "none"},
-        _names(
+        pairs(
             "embedding=transformer.wte position=transformer.wpe norm=transformer.ln_f head=lm_head"
         ),
         "transformer.h.{}",
-        _names(
+        pairs(
             "mixer_norm=ln_1 mixer.qkv=attn.c_attn mixer.output=attn.c_proj "
             "mlp_norm=ln_2 mlp.up=mlp.c_fc mlp.down=mlp.c_proj"
         ),

@@ -12,34 +12,41 @@ def family_of(config: ModelConfig, prefer: str | None = None) -> str:
     ValueError, which names the nearest family, if none fits."""
     if prefer in FAMILIES and not differences(prefer, config):
         return prefer
-    differing = {name: differences(name, config) for name in FAMILIES}
+    different = {name: differences(name, config) for name in FAMILIES}
     # Of equally near families, one with the same MLP.
-    nearest = min(differing, key=lambda name: (len(differing[name]), "mlp" in differing[name]))
-    if not differing[nearest]:
+    nearest = min(different, key=lambda name: (len(different[name]), "mlp" in different[name]))
+    if not different[nearest]:
         return nearest
     raise ValueError(
         f"No Hugging Face architecture fits this model; the nearest, "
-        f"{FAMILIES[nearest].architecture}, has {', '.join(differing[nearest].values())}."
+        f"{FAMILIES[nearest].architecture}, has {', '.join(different[nearest].values())}."
     )
 
 
 def differences(family: str, config: ModelConfig) -> dict[str, str]:
     """Return what of a resolved config does not fit a family, in words, by path."""
-    fits, s = dict(FAMILIES[family].fits), config.sizes
+    different = differing(FAMILIES[family].fits, config)
+    if "mixer" not in different and (problem := _of_layers(family, config)):
+        different["mixer_pattern"] = problem
+    return different
+
+
+def differing(fits: dict[str, Any], config: ModelConfig) -> dict[str, str]:
+    """Return the keys that have other values than these choices (Family.fits), in words, by
+    path."""
+    fits, s = dict(fits), config.sizes
     if "num_kv_heads" in fits:
         fits["num_kv_heads"] = config.num_heads
     values = {path: _values(config, path) for path in fits}
     if "head_dim" in fits:
         values["head_dim"], fits["head_dim"] = [s.head_dim], s.width // s.num_heads
-    differing: dict[str, str] = {}
+    keys: dict[str, str] = {}
     for path, different in values.items():
         choices = fits[path] if isinstance(fits[path], tuple) else (fits[path],)
         if not {*different} <= {*choices, ...}:
             typed = " or ".join(map(_typed, choices))
-            differing[path] = f"{path}={typed} (not {', '.join(map(_typed, different))})"
-    if "mixer" not in differing and (problem := _of_layers(family, config)):
-        differing["mixer_pattern"] = problem
-    return differing
+            keys[path] = f"{path}={typed} (not {', '.join(map(_typed, different))})"
+    return keys
 
 
 def _of_layers(family: str, config: ModelConfig) -> str:

@@ -23,7 +23,7 @@ from forescale.config.target import is_any_class
 from forescale.data.tokenizer import declared_ends, load_tokenizer
 from forescale.ground.errors import UserError
 from forescale.ground.storage import fsync_path, make_folder, staged
-from forescale.inference.gguf_export import write_gguf
+from forescale.inference.gguf_export import architecture_of, write_gguf
 from forescale.inference.hf_directory import CONFIG, as_text
 from forescale.inference.question import question_of
 from forescale.inference.remote_code import ARCHITECTURE, MODELING, as_code, without_code
@@ -31,7 +31,7 @@ from forescale.inference.view import RunView
 from forescale.models.adapters import is_adapter
 from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
-from forescale.models.hf import FAMILIES, family_of, to_hf
+from forescale.models.hf import FAMILIES, family_of, to_hf, two_sided
 from forescale.models.hf.loading import auto_class, class_name, has_encoder
 from forescale.models.hf.peft_weights import adapters_of_class, adapters_to_hf
 from forescale.run.finetune import kept_template
@@ -61,6 +61,8 @@ def family(view: RunView) -> str:
             "model._target_", problem, f"load it with forescale.open_run({view.name!r})"
         )
     try:
+        if model.has_encoder or not model.causal:
+            return two_sided.architecture(model)
         return FAMILIES[family_of(model)].architecture
     except ValueError as e:
         if not (absent := without_code(model)):
@@ -75,6 +77,8 @@ def auto_of(view: RunView) -> str:
     model, masked = view.config.model, view.config.objective.sees_both_sides
     if is_any_class(model):
         return auto_class(model.arguments["config"], masked)
+    if isinstance(model, ModelConfig) and model.has_encoder:
+        return "AutoModelForSeq2SeqLM"
     return "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
 
 
@@ -98,9 +102,11 @@ def _exported(view: RunView, checkpoint: Checkpoint, dtype: str) -> _Exported:
     def content() -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
         if architecture == ARCHITECTURE:
             return as_code(model, weights)
+        if architecture in (two_sided.BERT, two_sided.T5):
+            return two_sided.to_hf(model, weights)
         return to_hf(model, weights, imported.get("model_type"))
 
-    config = content()[0] | {"dtype": str(kind).removeprefix("torch.")}
+    config = content()[0] | {"dtype": str(kind).removeprefix("torch.")} | _start_of_answers(view)
     # A map, as a loop would hold the last tensor while the next is read.
     tensors = lambda: map(partial(_rounded, kind), content()[1])  # noqa: E731
     return _Exported(_small_files(view, config), tensors)
@@ -150,6 +156,7 @@ def export_gguf(view: RunView, checkpoint: Checkpoint, to: Path, dtype: str = "f
     # Files that came with imported weights may name the ends elsewhere.
     if files[CONFIG].get("eos_token_id") is None:
         files = {**files, CONFIG: files[CONFIG] | {"eos_token_id": view.ends}}
+    architecture_of(files[CONFIG])  # refuse before a folder is made
     _expect_free(to)
     part = to.with_name(f".{to.name}.{os.getpid()}.part")
     make_folder(to.parent)
@@ -183,10 +190,13 @@ def _export_class(
 def _start_of_answers(view: RunView) -> dict[str, Any]:
     """Return the key for what the decoder of an encoder-decoder begins with, if all its rows began
     so in training."""
-    config, texts = view.config, {"gaps": "<extra_id_0>", "prompt": "a"}
-    text = texts.get(config.objective.source_kind)
-    assert is_any_class(config.model)
-    if text is None or not has_encoder(config.model.arguments["config"]):
+    texts, model = {"gaps": "<extra_id_0>", "prompt": "a"}, view.config.model
+    text = texts.get(view.config.objective.source_kind)
+    if is_any_class(model):
+        has_source = has_encoder(model.arguments["config"])
+    else:
+        has_source = isinstance(model, ModelConfig) and model.has_encoder
+    if text is None or not has_source:
         return {}
     return {"decoder_start_token_id": question_of(view, text).start[0]}
 
@@ -218,8 +228,8 @@ def export_adapters(
 
     dtype: as in `export`. Raises UserError if the checkpoint has no adapters, and as `export` does.
     """
-    if family(view) == ARCHITECTURE:
-        problem = "peft knows no adapters of a model that comes with its own code"
+    if family(view) in (ARCHITECTURE, two_sided.BERT, two_sided.T5):
+        problem = "peft knows no adapters of an encoder, or of a model that comes with its own code"
         raise UserError("adapter", problem, "leave it out: export then writes the whole model")
     job = view.config
     if not any(map(is_adapter, checkpoint.shapes)):

@@ -14,6 +14,7 @@ from forescale import open_run
 from forescale.checkpoint.reader import Checkpoint
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
+from forescale.inference.question import question_of
 from forescale.models import hf
 from tests.trainer.small_run import make_run
 
@@ -158,6 +159,53 @@ def test_what_fits_nowhere_is_refused_with_the_keys_in_the_way(small_data, tmp_p
     assert "position=rotary (not sinusoidal)" in err
     assert "has no dense head" in err
     assert not (tmp_path / "hf").exists()
+
+
+SHARED = [*BASE, "model.mixer.qk_norm=none", "model.tie_embeddings=true"]
+TWO_SIDED = {
+    "BertForMaskedLM": [
+        *(*SHARED, "objective=masked", "model.causal=false", "model.head=dense", "model.bias=true"),
+        *("model.norm=layernorm", "model.norm.placement=residual", "model.norm.embedding=true"),
+        *("model.position=learned", "model.mlp=gelu_exact"),
+    ],
+    "T5ForConditionalGeneration": [
+        *(*SHARED, "objective=seq2seq", "model.encoder_layers=1", "model.position=relative"),
+        *("model.mlp=geglu", "model.bias=false"),
+    ],
+}
+
+
+@pytest.mark.parametrize("architecture", TWO_SIDED)
+def test_an_encoder_goes_out_as_bert_or_t5(architecture, small_data, tmp_path, forescale):
+    run = make_run(small_data, tmp_path / "runs", "a", *TWO_SIDED[architecture])
+    out = forescale.prints("export", run.path, f"to={tmp_path / 'hf'}")
+    auto = "AutoModelForMaskedLM" if architecture[0] == "B" else "AutoModelForSeq2SeqLM"
+    assert f"as {architecture}" in out
+    assert f"{auto}.from_pretrained" in out
+    peer = getattr(transformers, auto).from_pretrained(tmp_path / "hf").eval()
+    assert type(peer).__name__ == architecture
+    view = open_run(run.path)
+    model = view.model()
+    x = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
+    split = model.config.source_length if architecture[0] == "T" else 0
+    words = {"input_ids": x}
+    if split:
+        words = {"input_ids": x[:, :split], "decoder_input_ids": x[:, split:]}
+    with torch.no_grad():
+        assert (model(x) - peer(**words).logits).abs().max() < 1e-5
+    if split:
+        start = question_of(view, "def main(<extra_id_0>").start
+        assert [peer.generation_config.decoder_start_token_id] == start
+    assert "as GGUF" in forescale.refuses("export", run.path, "format=gguf")
+
+
+def test_an_encoder_of_other_parts_is_refused_with_the_keys_in_the_way(
+    small_data, tmp_path, forescale
+):
+    words = [*TWO_SIDED["T5ForConditionalGeneration"], "model.position=rotary"]
+    run = make_run(small_data, tmp_path / "runs", "a", *words)
+    err = forescale.refuses("export", run.path)
+    assert "T5ForConditionalGeneration, has position=relative (not rotary)" in err
 
 
 def test_a_model_of_no_architecture_brings_its_code(small_data, tmp_path, forescale):
