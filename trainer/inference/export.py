@@ -20,6 +20,7 @@ from torch import Tensor
 
 from forescale.checkpoint.reader import Checkpoint
 from forescale.config.target import is_any_class
+from forescale.data.objectives.spans import Spans
 from forescale.data.tokenizer import declared_ends, load_tokenizer
 from forescale.ground.errors import UserError
 from forescale.ground.storage import fsync_path, make_folder, staged
@@ -34,12 +35,14 @@ from forescale.models.flops import shapes
 from forescale.models.hf import FAMILIES, family_of, to_hf, two_sided
 from forescale.models.hf.loading import auto_class, class_name, has_encoder
 from forescale.models.hf.peft_weights import adapters_of_class, adapters_to_hf
+from forescale.run.feed import objective_of
 from forescale.run.finetune import kept_template
 
 # Keys of an imported config.json that don't hold for the exported files.
 _OF_THEIR_FILES = ("dtype", "torch_dtype", "transformers_version", "auto_map", "_name_or_path")
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TEMPLATE = "chat_template.jinja"
+_MASK = "<mask>"
 _PART = 5_000_000_000  # approximate bytes of a weight file
 _TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM"}  # of peft
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -134,7 +137,7 @@ def export(
             (stage / name).write_text(as_text(content), "utf-8")
         if "auto_map" in exported.files[CONFIG]:
             (stage / MODELING).write_bytes((Path(__file__).parent / MODELING).read_bytes())
-        (stage / "tokenizer.json").write_bytes(view.run.verified_tokenizer().read_bytes())
+        (stage / "tokenizer.json").write_bytes(_tokenizer(view))
         for name, data in beside.items():
             (stage / name).write_bytes(data)
         _write_weights(stage, exported.tensors())
@@ -181,7 +184,7 @@ def _export_class(
         config = json.loads((stage / CONFIG).read_text("utf-8")) | _start_of_answers(view)
         for name, content in _small_files(view, config).items():
             (stage / name).write_text(as_text(content), "utf-8")
-        (stage / "tokenizer.json").write_bytes(view.run.verified_tokenizer().read_bytes())
+        (stage / "tokenizer.json").write_bytes(_tokenizer(view))
         for name, data in beside.items():
             (stage / name).write_bytes(data)
     return to
@@ -305,6 +308,30 @@ def _parts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]
     yield part
 
 
+def _added(view: RunView) -> list[str]:
+    """Return names for the ids that masks or spans add behind the tokenizer's, in their order."""
+    known, tokenizer = view.identity["dataset"]["vocab_size"], view.tokenizer
+    if tokenizer.get_vocab_size() != known:  # a name would get another id
+        return []
+    if view.config.objective.sees_both_sides:
+        return [] if tokenizer.token_to_id(_MASK) is not None else [_MASK]
+    if view.config.objective.source_kind != "gaps":
+        return []
+    spans = objective_of(view.config, known)
+    assert isinstance(spans, Spans)
+    return [f"<extra_id_{i}>" for i in range(spans.extra_ids)]
+
+
+def _tokenizer(view: RunView) -> bytes:
+    """Return tokenizer.json: that of the run, with the names of _added."""
+    path = view.run.verified_tokenizer()
+    if not (names := _added(view)):
+        return path.read_bytes()
+    tokenizer = load_tokenizer(path)
+    tokenizer.add_special_tokens(names)
+    return tokenizer.to_str().encode()
+
+
 def _small_files(view: RunView, config: dict[str, Any]) -> dict[str, Any]:
     """Return the content of the files beside the weights and tokenizer.json, by file name.
 
@@ -329,6 +356,8 @@ def _small_files(view: RunView, config: dict[str, Any]) -> dict[str, Any]:
             "model_max_length": view.config.train.sequence_length,
         },
     }
+    if _MASK in _added(view):
+        files["tokenizer_config.json"]["mask_token"] = _MASK
     if template := kept_template(view.run):
         files[_TEMPLATE] = template
     if not view.run.imported.is_file():

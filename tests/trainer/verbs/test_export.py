@@ -16,7 +16,9 @@ from forescale.config.compose import compose
 from forescale.config.train import TrainJob
 from forescale.inference.question import question_of
 from forescale.models import hf
-from tests.trainer.small_run import make_run
+from forescale.run.start import start
+from forescale.train.model import build_model
+from tests.trainer.small_run import make_job, make_run
 
 transformers = pytest.importorskip("transformers")
 
@@ -193,10 +195,26 @@ def test_an_encoder_goes_out_as_bert_or_t5(architecture, small_data, tmp_path, f
         words = {"input_ids": x[:, :split], "decoder_input_ids": x[:, split:]}
     with torch.no_grad():
         assert (model(x) - peer(**words).logits).abs().max() < 1e-5
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    known = view.identity["dataset"]["vocab_size"]
+    if not split:
+        assert tokenizer.mask_token_id == known
+        fill = transformers.pipeline("fill-mask", model=peer, tokenizer=tokenizer)
+        ids = torch.tensor([[*tokenizer("def main(").input_ids, known]])
+        with torch.no_grad():
+            best = model(ids)[0, -1].topk(3).indices.tolist()
+        assert [one["token"] for one in fill("def main(<mask>", top_k=3)] == best
     if split:
-        start = question_of(view, "def main(<extra_id_0>").start
-        assert [peer.generation_config.decoder_start_token_id] == start
+        assert tokenizer("def <extra_id_0>a<extra_id_1>").input_ids[-1] == known + 1
+        begun = question_of(view, "def main(<extra_id_0>").start
+        assert [peer.generation_config.decoder_start_token_id] == begun
     assert "as GGUF" in forescale.refuses("export", run.path, "format=gguf")
+    words = [word for word in TWO_SIDED[architecture] if word.startswith("objective")]
+    words += ["model=transformers", f"model.name={tmp_path / 'hf'}"]
+    back = start(make_job(small_data, tmp_path / "runs", "back", *words))
+    again = build_model(back.job, known)
+    with torch.no_grad():
+        assert (again.eval()(x) - model(x)).abs().max() < 1e-5
 
 
 def test_an_encoder_of_other_parts_is_refused_with_the_keys_in_the_way(
