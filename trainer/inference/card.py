@@ -21,7 +21,7 @@ from forescale.config.schema import flatten, plain
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError, masked
 from forescale.inference.export import auto_of
-from forescale.inference.remote_code import ARCHITECTURE
+from forescale.inference.remote_code import CLASSES
 from forescale.inference.view import RunView
 from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
@@ -54,7 +54,7 @@ def card(
         head["license"] = licence
     facts = _facts(view, checkpoint, architecture, dtype, licence)
     rows = "\n".join(f"| {name} | {text} |" for name, text in facts.items())
-    trusts = ", trust_remote_code=True" if architecture == ARCHITECTURE else ""
+    trusts = ", trust_remote_code=True" if architecture in CLASSES.values() else ""
     parts = [
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in head.items()) + "---",
         f"# {view.name}",

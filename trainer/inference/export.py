@@ -24,10 +24,11 @@ from forescale.data.objectives.spans import Spans
 from forescale.data.tokenizer import declared_ends, load_tokenizer
 from forescale.ground.errors import UserError
 from forescale.ground.storage import fsync_path, make_folder, staged
+from forescale.inference import remote_code
 from forescale.inference.gguf_export import architecture_of, write_gguf
 from forescale.inference.hf_directory import CONFIG, as_text
 from forescale.inference.question import question_of
-from forescale.inference.remote_code import ARCHITECTURE, MODELING, as_code, without_code
+from forescale.inference.remote_code import CLASSES, MODELING, as_code
 from forescale.inference.view import RunView
 from forescale.models.adapters import is_adapter
 from forescale.models.config import ModelConfig
@@ -68,9 +69,9 @@ def family(view: RunView) -> str:
             return two_sided.architecture(model)
         return FAMILIES[family_of(model)].architecture
     except ValueError as e:
-        if not (absent := without_code(model)):
-            return ARCHITECTURE
-        problem = f"{str(e).rstrip('.')}; and {MODELING} has no {absent}"
+        if not model.has_encoder:
+            return CLASSES[remote_code.auto_of(model)]
+        problem = f"{str(e).rstrip('.')}; and {MODELING} has no encoder-decoder"
         todo = f"train with those keys, or load it with forescale.open_run({view.name!r})"
         raise UserError("model", problem[0].lower() + problem[1:], todo) from None
 
@@ -103,7 +104,7 @@ def _exported(view: RunView, checkpoint: Checkpoint, dtype: str) -> _Exported:
     imported = view.run.read_imported()[CONFIG] if view.run.imported.is_file() else {}
 
     def content() -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
-        if architecture == ARCHITECTURE:
+        if architecture in CLASSES.values():
             return as_code(model, weights)
         if architecture in (two_sided.BERT, two_sided.T5):
             return two_sided.to_hf(model, weights)
@@ -231,7 +232,7 @@ def export_adapters(
 
     dtype: as in `export`. Raises UserError if the checkpoint has no adapters, and as `export` does.
     """
-    if family(view) in (ARCHITECTURE, two_sided.BERT, two_sided.T5):
+    if family(view) in (*CLASSES.values(), two_sided.BERT, two_sided.T5):
         problem = "peft knows no adapters of an encoder, or of a model that comes with its own code"
         raise UserError("adapter", problem, "leave it out: export then writes the whole model")
     job = view.config

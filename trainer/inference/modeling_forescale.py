@@ -1,4 +1,4 @@
-"""A causal model of forescale, for from_pretrained(DIR, trust_remote_code=True) of transformers.
+"""A model of forescale, for from_pretrained(DIR, trust_remote_code=True) of transformers.
 
 `forescale export` writes this file beside the weights of a model that is no architecture of
 transformers. It needs torch and transformers alone. config.json has the model in `forescale`, the
@@ -210,11 +210,15 @@ def by_distance(p: Keys, w: Keys, distance: Any) -> Any:
         return -torch.tensor(p["slopes"], device=distance.device)[:, None, None] * distance[:, None]
     if p["kind"] != "relative":
         return torch.zeros_like(distance[:, None], dtype=torch.float32)
-    single, table = p["buckets"] // 2, w["relative_position.weight"]
-    back = distance.clamp(min=0)
+    # Half of the table is for keys ahead, if they are seen.
+    count = p["buckets"] if p["causal"] else p["buckets"] // 2
+    single, table = count // 2, w["relative_position.weight"]
+    back = distance.clamp(min=0) if p["causal"] else distance.abs()
     share = (back.clamp(min=1).float() / single).log() / math.log(p["distance"] / single)
-    far = (single + (share * (p["buckets"] - single)).long()).clamp(max=p["buckets"] - 1)
-    return F.embedding(torch.where(back < single, back, far), table).permute(0, 3, 1, 2)
+    far = (single + (share * (count - single)).long()).clamp(max=count - 1)
+    rows = torch.where(back < single, back, far)
+    rows = rows if p["causal"] else rows + (distance < 0).long() * count
+    return F.embedding(rows, table).permute(0, 3, 1, 2)
 
 
 ACTIVATIONS: Any = {"swiglu": F.silu, "gelu_exact": F.gelu, "relu": F.relu}
@@ -321,13 +325,18 @@ class ForescaleForCausalLM(PreTrainedModel, GenerationMixin):
             x = block(c, i, of, states[i], x, context)
         if c["norm"]["placement"] != "residual":
             x = normed(c, w, "norm", x, c["norm"]["kind"])
+        if "transform.dense.weight" in w:
+            x = F.gelu(linear(w, "transform.dense", x))
+            x = normed(c, w, "transform.norm", x, c["norm"]["kind"])
         head = "head" if "head.weight" in w else "embedding"
         logits = linear(w, head, x * c["scales"]["logits"])
         if cap := c["softcap"]:
             logits = cap * torch.tanh(logits / cap)
         loss, memory = None, None if not use_cache else cast(Any, states)
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            n = int(c["position"]["causal"])  # a causal model predicts the next token
+            targets = labels[:, n:].flatten()
+            loss = F.cross_entropy(logits[:, : logits.shape[1] - n].flatten(0, 1).float(), targets)
         return CausalLMOutputWithPast(loss, logits, memory)  # versions name the cache differently
 
     def _embedded(self, w: Keys, tokens: Any, new: Any, mask: Any) -> tuple[Any, Keys]:
@@ -337,7 +346,8 @@ class ForescaleForCausalLM(PreTrainedModel, GenerationMixin):
         all_places = real.cumsum(-1) - real
         keep, places = F.pad(real[:, 1:] * real[:, :-1], (1, 0)), all_places[:, -L:]
         at = torch.arange(S, device=tokens.device)
-        visible = (at <= at[S - L :, None]) & real[:, None].bool() | (at == at[S - L :, None])
+        in_order = at <= at[S - L :, None] if c["position"]["causal"] else at >= 0
+        visible = in_order & real[:, None].bool() | (at == at[S - L :, None])
         x = F.embedding(new, w["embedding.weight"])
         if "bigrams.weight" in w:
             last = F.pad(tokens[:, :-1], (1, 0)).masked_fill(keep == 0, -1)
@@ -358,3 +368,11 @@ class ForescaleForCausalLM(PreTrainedModel, GenerationMixin):
         continues = keep[..., None].to(x.dtype)
         context = {"places": all_places, "continues": continues, "keep": continues[:, -L:]}
         return x, context | {"first": None, "bias": bias}
+
+
+class ForescaleForMaskedLM(ForescaleForCausalLM):
+    """Logits of the tokens themselves, from both sides."""
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return False

@@ -18,13 +18,14 @@ from forescale.models.part import Part
 from forescale.models.positions.biases import slopes
 from forescale.models.positions.rope_scaling import frequencies
 
-MODELING, ARCHITECTURE = "modeling_forescale.py", "ForescaleForCausalLM"
+MODELING = "modeling_forescale.py"
+CLASSES = {"AutoModelForCausalLM": "ForescaleForCausalLM"}
+CLASSES |= {"AutoModelForMaskedLM": "ForescaleForMaskedLM"}
 
 
-def without_code(config: ModelConfig) -> str:
-    """Return the parts of a model that the file doesn't compute, "" if it computes all."""
-    parts = ["encoder"] * (config.has_encoder or not config.causal)
-    return ", ".join(parts + ["dense head"] * (config.head.kind == "dense"))
+def auto_of(config: ModelConfig) -> str:
+    """Return the class of transformers that loads the file's class for a model."""
+    return "AutoModelForCausalLM" if config.causal else "AutoModelForMaskedLM"
 
 
 def as_code(
@@ -35,9 +36,9 @@ def as_code(
     sizes, scale = shapes(c), asdict(scales(c))
     is_scaled = c.scale_embedding or c.position.kind == "sinusoidal"
     names = [name for name in state if not name.startswith("mtp.")]
-    auto = {"AutoConfig": "ForescaleConfig", "AutoModelForCausalLM": ARCHITECTURE}
+    auto = {"AutoConfig": "ForescaleConfig", auto_of(c): CLASSES[auto_of(c)]}
     return {
-        **{"architectures": [ARCHITECTURE], "model_type": "forescale"},
+        **{"architectures": [CLASSES[auto_of(c)]], "model_type": "forescale"},
         "auto_map": {name: f"{MODELING.removesuffix('.py')}.{of}" for name, of in auto.items()},
         **{"vocab_size": c.vocab_size, "hidden_size": c.width, "num_hidden_layers": c.num_layers},
         "max_position_embeddings": c.max_sequence_length,
@@ -45,7 +46,7 @@ def as_code(
         "forescale": {
             "mixers": [_keys(c, parts.mixer) for parts in layers_of(c)],
             "mlps": [_keys(c, parts.mlp) for parts in layers_of(c)],
-            "position": _keys(c, c.position),
+            "position": _keys(c, c.position) | {"causal": c.causal},
             **{"norm": _keys(c, c.norm), "softcap": c.head.softcap, "head_dim": c.sizes.head_dim},
             "scales": scale | ({} if is_scaled else {"embedding": 1.0}),
             # Buffers are the steps of experts' biases.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forescale.inspection.blocks import Decoder, blocks_of
+from forescale.inspection.blocks import Decoder, blocks_of, first_of
 from forescale.inspection.edits import edited, mapped, token_losses
 
 IS_INDUCTION = 0.3  # mean weight from which a head is marked
@@ -110,7 +110,7 @@ def _influence(mixer: nn.Module, args: tuple, kwargs: dict[str, Any], seed: int)
     x_1LD = (args or tuple(kwargs.values()))[0].detach().requires_grad_()
     name = next(iter(kwargs), "")
     y = mixer(x_1LD, *args[1:], **kwargs) if args else mixer(**kwargs | {name: x_1LD})
-    y_LD = (y[0] if isinstance(y, tuple) else y)[0]
+    y_LD = first_of(y)[0]
     length, width = y_LD.shape
     generator = torch.Generator().manual_seed(seed)
     squares_LL = torch.zeros(length, length)
@@ -138,5 +138,5 @@ def lens(model: Decoder, tokens_L: Tensor) -> Tensor:
         model(tokens_L[None])
     rows_NLD, last = torch.cat(streams), len(streams) - 1
     with edited(model, stream=lambda layer, values: rows_NLD if layer == last else values):
-        logits_NLV: Tensor = model(tokens_L[None])
+        logits_NLV: Tensor = model(tokens_L.expand(len(rows_NLD), -1))
     return logits_NLV.float()

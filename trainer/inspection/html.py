@@ -31,7 +31,6 @@ def page(
 ) -> str:
     """Return the page as HTML. pieces: the text of each token; title: the run and its step;
     command: the words of the command that made it."""
-    mixers = zip(reading.layers, reading.ablation.mixers, strict=True)
     return render(
         _HERE / "reading.html.j2",
         title=f"Inside {title}",
@@ -42,7 +41,7 @@ def page(
         draws=DRAWS,
         has_heads=any(layer.heads for layer in reading.layers),
         without_heads=sorted({layer.mixer for layer in reading.layers if not layer.heads}),
-        without_parts=sorted({la.mixer for la, x in mixers if x is None}),
+        without_parts=None in reading.ablation.mixers,
         subject="".join(pieces[reading.trace.first : reading.trace.end]) if reading.trace else "",
         answer=spaced(name_of(tokenizer, reading.trace.answer)) if reading.trace else "",
         data=_data(reading, pieces, tokenizer),

@@ -103,10 +103,10 @@ def read(
         for i, p in zip(top.indices, top.values, strict=True)
     ]
     if isinstance(model, Transformer):
-        ids, most = model.sizes.vocab_size, model.sizes.max_sequence_length
+        most = model.sizes.max_sequence_length
     else:
-        ids, most = model.tables()[0].num_embeddings, model.sequence_length
-    repeated_L = repeated_tokens(ids, tokens[0], most, seed)
+        most = model.sequence_length
+    repeated_L = repeated_tokens(lens_NLV.shape[-1], tokens[0], most, seed)
     repeated_L = repeated_L.to(row_L.device)
     maps = {i: m.cpu() for i, m in heads.maps_of(model, row_L).items()}
     described = heads.describe(

@@ -13,6 +13,7 @@ process makes. All others keep their traceback and are tried again.
 
 import inspect
 import json
+import math
 import os
 import re
 import subprocess
@@ -77,38 +78,52 @@ def _examine(job: TrainJob, vocab_size: int) -> None:
     for i, callback in enumerate(job.callbacks):
         _expect_arguments(f"callbacks.{i}", callback)
     if isinstance(job.optimizer, OwnOptimizerConfig):
-        _examine_optimizer(job.optimizer)
+        _examine_optimizer(job.optimizer, is_cut=job.engine.stage > 0)
     if not isinstance(job.model, ModelConfig):
         examine_model(job, vocab_size)
 
 
-def _examine_optimizer(config: OwnOptimizerConfig) -> None:
-    """Raise UserError if the user's optimizer can't be built, keeps states of another shape than
-    the weights', or updates a matrix otherwise than its elements in a row: ZeRO gives it rows."""
+def _examine_optimizer(config: OwnOptimizerConfig, is_cut: bool) -> None:
+    """Raise UserError if the user's optimizer can't be built, keeps states of another size than the
+    weights', or updates parts of a matrix otherwise than the whole. is_cut: ZeRO cuts weights into
+    parts, each a vector."""
     import torch
 
     from forescale.engine.optimizers.own import build
 
-    where, stepped = f"optimizer._target_={config.target}", []
-    todo = "ZeRO cuts weights into flat parts, so update each element by itself"
-    for shape in ((2, 2), (4,)):
-        p = torch.nn.Parameter(torch.arange(1.0, 5.0).view(shape))
-        p.grad = torch.tensor([3.0, -1.0, 0.5, 2.0]).view(shape)
-        optimizer = build(config, [{"params": [p], "weight_decay": 0.0, "name": "all"}])
+    where, updated = f"optimizer._target_={config.target}", []
+    cut = "ZeRO cuts weights into vectors, so update each element by itself"
+    values, gradients = torch.arange(1.0, 5.0), torch.tensor([3.0, -1.0, 0.5, 2.0])
+    ways: list[list[tuple[int, ...]]] = [[(2, 2)], [(1,), (3,)]]
+    for shapes in ways if is_cut else ways[:1]:
+        sizes, parts = [math.prod(shape) for shape in shapes], []
+        for part, slope, shape in zip(
+            values.split(sizes), gradients.split(sizes), shapes, strict=True
+        ):
+            p = torch.nn.Parameter(part.clone().view(shape))
+            p.grad = slope.clone().view(shape)
+            group = {"params": [p], "weight_decay": 0.0, "name": "all"}
+            try:
+                parts.append((p, build(config, [group])))
+            except UserError as e:
+                raise e if len(shape) > 1 else UserError(where, "takes no vector", cut) from e
         try:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                optimizer.step()
+                for _, optimizer in 3 * parts:
+                    optimizer.step()
+            states = [(p, dict(optimizer.state[p]).items()) for p, optimizer in parts]
         except Exception:  # such as a kernel of a GPU; then the first step of the run decides
             return
-        for name, state in optimizer.state[p].items():
-            if torch.is_tensor(state) and state.dim() and state.shape != p.shape:
-                problem = f"keeps {name} of shape {list(state.shape)} for a weight of {list(shape)}"
-                raise UserError(where, problem, todo)
-        stepped.append(p.detach().flatten())
-    as_matrix, in_a_row = stepped
-    if not torch.allclose(as_matrix, in_a_row):
-        raise UserError(where, "updates a matrix otherwise than its elements in a row", todo)
+        for p, named in states:
+            for name, state in named:
+                if torch.is_tensor(state) and state.dim() and state.numel() != p.numel():
+                    sizes_text = f"{list(state.shape)} for a weight of {list(p.shape)}"
+                    todo = "keep tensors of the weight's shape, or numbers"
+                    raise UserError(where, f"keeps {name} of shape {sizes_text}", todo)
+        updated.append(torch.cat([p.detach().flatten() for p, _ in parts]))
+    if not all(torch.allclose(updated[0], other, equal_nan=True) for other in updated):
+        raise UserError(where, "updates parts of a weight otherwise than the whole", cut)
 
 
 def _expect_arguments(where: str, config: TargetConfig) -> None:

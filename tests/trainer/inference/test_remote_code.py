@@ -41,27 +41,38 @@ CASES = {
     "mingru": changed(BASE, mixer="mingru", bias=True),
     "lstm": changed(BASE, mixer="lstm"),
     "deltanet": changed(BASE, mixer="gated_deltanet"),
+    "dense": changed(BASE, head="dense", bias=True),
     "pattern": changed(BASE, mixer_pattern=["gated_deltanet", "attention"]),
     "moe": changed(FIRST, mlp="moe", mlp__scores="sigmoid", mlp__bias_speed=0.1, **EXPERTS),
+}
+ENCODER = changed(BASE, causal=False)
+ENCODERS = {
+    "rotary": changed(ENCODER, head="dense", tie_embeddings=True),
+    "relative": changed(ENCODER, position="relative", position__distance=12, position__buckets=8),
+    "latent": changed(ENCODER, mixer="latent", position="sinusoidal", norm__placement="residual"),
+    "dense": changed(ENCODER, position="learned", head="dense", bias=True, mlp="gelu_exact"),
 }
 # What a user does, where forescale can't be imported.
 USER = """
 import sys, torch
 from pathlib import Path
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 sys.modules["forescale"] = None  # to import it is an error
 got = {}
 for folder in Path(sys.argv[1]).iterdir():
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    encodes = folder.name.startswith("encoder-")
+    auto = AutoModelForMaskedLM if encodes else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, trust_remote_code=True).eval()
     inputs = torch.load(sys.argv[2])
     options = dict(inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)
     with torch.no_grad():
         got[folder.name] = {
             "logits": model(**inputs).logits,
+            "loss": model(**inputs, labels=inputs["input_ids"]).loss,
             "written": [
                 model.generate(**options, num_beams=beams, use_cache=uses)
                 for beams in ((1, 3) if folder.name == "first" else (1,))
-                for uses in (True, False)
+                for uses in (True, False) if not encodes
             ],
         }
 torch.save(got, sys.argv[3])
@@ -74,7 +85,8 @@ def test_transformers_computes_the_same_where_forescale_is_absent(tmp_path):
     mask[0, :6] = 0
     torch.save({"input_ids": tokens, "attention_mask": mask}, tmp_path / "inputs")
     expected, source = {}, Path(remote_code.__file__).with_name(remote_code.MODELING)
-    for name, config in CASES.items():
+    encoders = {f"encoder-{name}": config for name, config in ENCODERS.items()}
+    for name, config in (CASES | encoders).items():
         torch.manual_seed(1)
         model = Transformer(config).eval()
         with torch.no_grad():
@@ -83,7 +95,6 @@ def test_transformers_computes_the_same_where_forescale_is_absent(tmp_path):
             for buffer in model.buffers():
                 buffer.add_(torch.arange(len(buffer)))
             expected[name] = model(tokens, padding_mask_BL=mask.bool())
-        assert not remote_code.without_code(model.config)
         keys, tensors = remote_code.as_code(model.config, model.state_dict())
         (folder := tmp_path / "models" / name).mkdir(parents=True)
         (folder / "config.json").write_text(as_text(keys))
@@ -100,6 +111,11 @@ def test_transformers_computes_the_same_where_forescale_is_absent(tmp_path):
     for name, logits in expected.items():
         assert logits.abs().max() > 1, name
         assert (got[name]["logits"] - logits)[mask.bool()].abs().max() < 1e-5, name
+        shift = int(name not in encoders)
+        rows = logits[:, : 20 - shift].flatten(0, 1), tokens[:, shift:].flatten()
+        assert abs(got[name]["loss"] - torch.nn.functional.cross_entropy(*rows)) < 1e-5, name
+        if name in encoders:
+            continue
         cached, plain, *beams = got[name]["written"]
         assert cached.shape[1] == 28
         assert torch.equal(cached, plain), name

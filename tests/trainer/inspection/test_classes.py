@@ -1,13 +1,18 @@
 """What is read in a class of transformers equals the class with its own weights set to zero."""
 
+import json
+
 import pytest
 import torch
+import transformers
 
 from forescale.inspection import heads
-from forescale.inspection.blocks import blocks_of
+from forescale.inspection.blocks import UnknownParts, blocks_of
 from forescale.inspection.edits import token_losses
 from forescale.inspection.interventions import ablate
 from forescale.inspection.reading import read
+from forescale.models.hf.any_class import AnyModel
+from tests.models.hf.kinds import EXPERTS, GROUPED, SMALL
 from tests.models.hf.test_any_class import any_model, tokens_of
 from tests.trainer.inspection.test_numbers import close
 
@@ -90,3 +95,48 @@ def test_parts_that_a_class_does_not_add_have_no_number(kind):
     for layer in reading.layers:
         assert bool(layer.heads) == (kind == "opt")
         close(layer.maps.sum(-1), torch.ones(layer.maps.shape[:2]))
+
+
+OTHERS = {
+    # Its mixer ends with a norm of the stream, whose columns are no heads: those are before it.
+    "bert": SMALL | dict(is_decoder=True),
+    # Each of two groups has the values of two maps.
+    "diffllama": GROUPED | dict(num_attention_heads=4, num_key_value_heads=2),
+    # It returns a state where others return weights.
+    "minimax": EXPERTS
+    | dict(head_dim=16, num_local_experts=4, layer_types=["linear_attention", "full_attention"]),
+    # Its blocks return lists.
+    "openai-gpt": dict(n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=300),
+    # The number of rows must be the same in all blocks.
+    "gpt_bigcode": dict(n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=300),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_heads_are_those_that_read_by_their_own_map(kind):
+    torch.manual_seed(0)
+    config = transformers.CONFIG_MAPPING[kind](**OTHERS[kind])
+    text = json.dumps(config.to_dict())
+    model = AnyModel(text, vocab_size=300, sequence_length=24).eval()
+    x = tokens_of(1, 7)[0]
+    reading = read(model, x.tolist(), subject=(2, 4))
+    heads_of_layers = {"diffllama": [0, 0], "minimax": [0, 2], "openai-gpt": [0, 0]}
+    expected = heads_of_layers.get(kind, [2, 2])
+    assert [len(layer.heads) for layer in reading.layers] == expected
+    if kind == "bert":
+        dense = model.inner.bert.encoder.layer[1].attention.output.dense
+        whole = token_losses(model(x[None]), x[None]).mean()
+        with torch.no_grad():
+            dense.weight[:, :16] = 0
+        changed = token_losses(model(x[None]), x[None]).mean() - whole
+        close(reading.ablation.heads[1][0], float(changed))
+    assert all(layer.maps.isfinite().all() and (layer.maps >= 0).all() for layer in reading.layers)
+
+
+def test_a_class_that_calls_its_blocks_twice_is_refused():
+    model = any_model("mistral").eval()
+    layers = model.inner.model.layers
+    block = layers[0].forward
+    layers[0].forward = lambda x, *args, **kwargs: layers[1](block(x, *args, **kwargs), **kwargs)
+    with pytest.raises(UnknownParts, match="doesn't call 2 blocks, each once"):
+        blocks_of(model)

@@ -96,7 +96,7 @@ class Callback:
 class OfRows(torch.optim.SGD):
     def step(self, closure=None):
         for p in self.param_groups[0]["params"]:
-            p.data -= p.grad / p.grad.norm(dim=-1, keepdim=True)
+            p.data -= p.grad / p.grad.norm()
 
 class NoOptimizer:
     def __init__(self, groups, lr):
@@ -164,12 +164,13 @@ def test_a_class_that_can_not_train_is_one_sentence(job_with, name, message):
         ),
         (
             ["optimizer=own", "optimizer._target_=torch.optim.Adafactor"],
-            r"keeps row_var of shape \[2, 1\] for a weight of \[2, 2\]; .* each element by itself",
+            r"keeps row_var of shape \[2, 1\] for a weight of \[2, 2\]; keep tensors",
         ),
         (
             ["optimizer=own", "optimizer._target_=ownclasses.OfRows"],
-            r"updates a matrix otherwise than its elements in a row; .* each element by itself",
+            r"updates parts of a weight otherwise than the whole; .* each element by itself",
         ),
+        (["optimizer=own", "optimizer._target_=torch.optim.Muon"], "takes no vector; ZeRO cuts"),
     ],
 )
 def test_misspelt_arguments_and_wrong_classes_are_found(job_with, overrides, message):

@@ -75,16 +75,10 @@ def test_eval_at_another_length_has_no_table_by_position(encoder, forescale):
     assert "nats a token\n" in out
 
 
-@pytest.mark.parametrize(
-    ("verb", "message"),
-    [
-        ("generate", "objective=masked, and continues no text"),
-        ("export", "causal=true \\(not false\\)"),
-    ],
-)
-def test_what_an_encoder_cannot_do_is_said(encoder, forescale, verb, message):
-    err = forescale.refuses(verb, encoder.path)
-    assert re.search(message, err), err
+def test_an_encoder_writes_no_text_but_goes_out_with_its_code(encoder, tmp_path, forescale):
+    err = forescale.refuses("generate", encoder.path)
+    assert "objective=masked, and continues no text" in err
+    assert "as ForescaleForMaskedLM" in forescale.prints("export", encoder.path, f"to={tmp_path}/x")
 
 
 def test_no_study_of_it(encoder):
@@ -198,7 +192,7 @@ def test_an_encoder_decoder_splits_its_rows_where_the_objective_does(
     assert forescale("check", run.path)[0] == 0
     err = forescale.refuses("eval", run.path, "sequence_length=64")
     assert f"rows of {view.config.objective.kind} have the length" in err
-    assert "encoder_layers=0 (not 2)" in forescale.refuses("export", run.path)
+    assert "position=relative (not rotary)" in forescale.refuses("export", run.path)
 
 
 def test_another_split_than_the_objective_s_is_refused(small_data, tmp_path):

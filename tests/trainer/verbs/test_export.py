@@ -153,16 +153,6 @@ def test_the_model_that_trains_by_default_can_leave():
     assert hf.family_of(compose(TrainJob).model.resolved(4096, 256)) in hf.FAMILIES
 
 
-def test_what_fits_nowhere_is_refused_with_the_keys_in_the_way(small_data, tmp_path, forescale):
-    run = make_run(
-        small_data, tmp_path / "runs", "odd", *BASE, "model.position=sinusoidal", "model.head=dense"
-    )
-    err = forescale.refuses("export", run.path, f"to={tmp_path / 'hf'}")
-    assert "position=rotary (not sinusoidal)" in err
-    assert "has no dense head" in err
-    assert not (tmp_path / "hf").exists()
-
-
 SHARED = [*BASE, "model.mixer.qk_norm=none", "model.tie_embeddings=true"]
 TWO_SIDED = {
     "BertForMaskedLM": [
@@ -217,13 +207,15 @@ def test_an_encoder_goes_out_as_bert_or_t5(architecture, small_data, tmp_path, f
         assert (again.eval()(x) - model(x)).abs().max() < 1e-5
 
 
-def test_an_encoder_of_other_parts_is_refused_with_the_keys_in_the_way(
+def test_an_encoder_decoder_of_other_parts_is_refused_with_the_keys_in_the_way(
     small_data, tmp_path, forescale
 ):
     words = [*TWO_SIDED["T5ForConditionalGeneration"], "model.position=rotary"]
     run = make_run(small_data, tmp_path / "runs", "a", *words)
-    err = forescale.refuses("export", run.path)
+    err = forescale.refuses("export", run.path, f"to={tmp_path / 'hf'}")
     assert "T5ForConditionalGeneration, has position=relative (not rotary)" in err
+    assert "has no encoder-decoder" in err
+    assert not (tmp_path / "hf").exists()
 
 
 def test_a_model_of_no_architecture_brings_its_code(small_data, tmp_path, forescale):
