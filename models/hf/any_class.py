@@ -229,7 +229,8 @@ class AnyModel(nn.Module):
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Return the FLOPs of training on a column, the mean of a row: 6 for each weight that reads
-        it, 4 for a frozen one. An encoder reads the source alone, all other weights the rest."""
+        it, 4 for a frozen one. An encoder reads the source alone, all other weights the rest (cross
+        attention's keys and values too, which read the source)."""
         tables = {id(table.weight) for table in self.tables()}  # an encoder's may be the head
         encoder = self.inner.get_encoder().parameters() if self.split else ()
         of_source, share = {id(p) for p in encoder} - tables, self.split / self.sequence_length

@@ -99,7 +99,7 @@ def _expect_decoder(view: RunView) -> None:
     if not view.config.continues_text:
         problem = f"was trained with objective={view.config.objective.kind}, "
         raise UserError(
-            view.name, f"{problem}and is no decoder alone", "inspect a run that continues text"
+            view.name, f"{problem}and is not only a decoder", "inspect a run that continues text"
         )
 
 

@@ -155,7 +155,7 @@ def test_eval_scores_the_spans_of_the_whole_split(spans, small_data, forescale):
     for size in dataset.split("validation").shard_tokens:
         starts = np.arange(0, size - 1, length)
         count += objective.num_targets(np.minimum(length + 1, size - starts)).sum()
-    assert "no decoder alone" in forescale.refuses("inspect", spans.path, "text=def main")
+    assert "not only a decoder" in forescale.refuses("inspect", spans.path, "text=def main")
     out = forescale.prints("eval", spans.path, "micro_batch=3")
     assert re.search(rf"  tokens of spans +{count:,}\n", out)
     assert "pseudo" not in out
