@@ -49,15 +49,11 @@ def summarize(started: Start, generate: Callable[[list[str]], int]) -> None:
         generate(shlex.split(command)[1:])
     except UserError as e:  # the weights are no numbers any more: the run is complete nevertheless
         print(f"No sample: {e}")
-    exported = []
-    with suppress(UserError):  # no class of transformers fits
-        family(RunView(run))
-        exported = [(f"export {name}", "to Hugging Face transformers")]
     _next(
         [
             (f"report {name}", "a page with its curves"),
             (command, "write text"),
-            *exported,
+            *_export(started),
             ("train bigger model=depth model.depth=4", "a model of your own"),
             ("shards TEXT output=DIR", "a dataset of your own"),
         ]
@@ -120,8 +116,17 @@ def _summarize_other(started: Start, scores: list[dict]) -> None:
             (f"report {name}", "a page with its curves"),
             (f"eval {name}", "its loss on other text"),
             *([(shlex.join(["generate", name, f"prompt={prompt}"]), purpose)] if writes else []),
+            *_export(started),
         ]
     )
+
+
+def _export(started: Start) -> list[tuple[str, str]]:
+    """Return the command that exports the run, none if no class of transformers fits."""
+    with suppress(UserError):
+        family(RunView(started.run))
+        return [(f"export {_name(started)}", "to Hugging Face transformers")]
+    return []
 
 
 def _next(commands: list[tuple[str, str]]) -> None:

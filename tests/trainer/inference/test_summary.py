@@ -61,13 +61,16 @@ def test_a_prompt_holds_no_reference_of_a_command():
     assert summary.first_words(dataset) == "echo from"
 
 
-@pytest.mark.parametrize("head", ["linear", "dense"])
-def test_the_summary_names_an_export_only_of_a_model_that_has_one(
-    small_data, tmp_path, capsys, head
-):
-    started = start(make_job(small_data, tmp_path / "runs", "first", f"model.head={head}"))
-    summary.summarize(started, lambda words: 0)
-    assert ("forescale export " in capsys.readouterr().out) == (head == "linear")
+def test_the_summary_names_an_export_only_of_a_model_that_has_one(small_data, tmp_path, capsys):
+    keys = ["model.num_layers=1", "model.encoder_layers=1", "objective=seq2seq"]
+    keys += ["model.width=32", "model.num_heads=2", "model.mlp=geglu"]
+    keys += ["model.mixer.qk_norm=none", "model.tie_embeddings=true", "model.bias=false"]
+    for position in ("relative", "rotary"):  # T5 has the first alone
+        words = [*keys, f"model.position={position}"]
+        started = start(make_job(small_data, tmp_path / "runs", position, *words))
+        summary.summarize(started, lambda words: 0)
+        out = capsys.readouterr().out
+        assert ("forescale export " in out) == (position == "relative")
 
 
 def test_the_summary_names_what_each_objective_s_model_can_do(small_data, tmp_path, capsys):
