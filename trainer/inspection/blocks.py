@@ -1,6 +1,6 @@
-"""The blocks of a decoder as an inspection sees them: of ours, and of any class of transformers.
+"""The blocks of a decoder, of ours or of a class of transformers, whose parts are known by a trial.
 
-Invariant: outside of a context a block is as it was.
+Invariant: a part has a number only where the trial shows that the number is that of the part.
 """
 
 from collections import Counter
@@ -12,72 +12,27 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from forescale.inspection.block import Block, changed, first_of
 from forescale.models.flops import layers_of
 from forescale.models.hf.any_class import AnyModel
 from forescale.models.transformer import Transformer
 
 Decoder = Transformer | AnyModel
+Calls = dict[nn.Module, tuple[tuple, Any]]  # by module: its arguments and its output
 _TOLERANCE = 1e-5  # of two streams that should be equal
 # Blocks of a class, as they are known after a forward pass alone.
-_KNOWN: WeakKeyDictionary[nn.Module, list["Block"]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[nn.Module, list[Block]] = WeakKeyDictionary()
 
 
 class UnknownParts(ValueError):
     """The blocks of a class of transformers, or their parts, are not recognised."""
 
 
-class Block:
-    """A block of ours.
-
-    mixer, mlp: its modules, the second None if it has none; mixer_kind, mlp_kind: their names;
-    num_heads: of the mixer, 0 if it doesn't average values by weights, or if a class doesn't return
-    them. adds: the block adds what
-    its mixer and its MLP return to the stream of residuals, and nothing else.
-    """
-
-    def __init__(self, module: Any, kinds: tuple[str, str]):
-        self.module, self.mixer_kind, self.mlp_kind = module, *kinds
-        self.mixer: Any = module.mixer
-        self.mlp: Any = module.mlp
-        self.num_heads: int = self.mixer.num_heads if hasattr(self.mixer, "_attend") else 0
-        self.adds = True
-
-    @contextmanager
-    def heads_edited(self, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Change the outputs of the heads, (B, L, H, K)."""
-        attend = self.mixer._attend
-        with _replaced(self.mixer, lambda *x: edit(attend(*x))):
-            yield
-
-    @contextmanager
-    def weights_read(self, keep: Callable[[Tensor], None]) -> Iterator[None]:
-        """Give the weights of the heads in the forward passes inside to `keep`: (B, H, L, L).
-
-        They are read by averaging values that are the rows of an identity matrix, K columns at a
-        time, with the mixer's own code: whatever a head sees, and by whatever score, its weights
-        are these.
-        """
-        attend = self.mixer._attend
-
-        def read(q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
-            (B, L, G, K), pieces = v.shape, []
-            for first in range(0, L, K):
-                ones = torch.eye(L, device=v.device, dtype=v.dtype)[:, first : first + K]
-                ones = nn.functional.pad(ones, (0, K - ones.shape[1]))
-                pieces.append(attend(q, k, ones[None, :, None].expand(B, L, G, K), context))
-            keep(torch.cat(pieces, -1)[..., :L].transpose(1, 2))
-            output: Tensor = attend(q, k, v, context)
-            return output
-
-        with _replaced(self.mixer, read):
-            yield
-
-
 class ClassBlock(Block):
     """A block of a class of transformers. Of its modules that return a stream, but for norms, the
     mixer is the first that returns weights, or the first; the MLP is the last."""
 
-    def __init__(self, module: nn.Module, calls: "Calls"):
+    def __init__(self, module: nn.Module, calls: Calls):
         x = calls[module][0][0]
         parts = [m for m in module.children() if _returns_stream(m, calls, x)]
         if not parts:
@@ -151,9 +106,6 @@ def _of_class(model: AnyModel) -> list[Block]:
     return [*blocks]
 
 
-Calls = dict[nn.Module, tuple[tuple, Any]]  # by module: its arguments and its output
-
-
 def _calls(
     model: AnyModel, row_1L: Tensor, lists: list[nn.ModuleList]
 ) -> tuple[Calls, Counter[nn.Module]]:
@@ -210,19 +162,6 @@ def _try_rows(model: AnyModel, row_1L: Tensor, last: Block) -> None:
         raise UnknownParts(f"{type(model.inner).__name__} reads more than the last block's stream")
 
 
-def changed(output: Any, edit: Callable[[Tensor], Tensor]) -> Any:
-    """Return what a module returns, with its first tensor edited."""
-    if not isinstance(output, tuple | list):
-        return edit(output)
-    items = [edit(output[0]), *output[1:]]
-    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-
-
-def first_of(output: Any) -> Any:
-    """Return the first tensor of what a module returned."""
-    return output[0] if isinstance(output, tuple | list) else output
-
-
 def _weights(output: Any) -> Any:
     """Return the weights of attention, (B, H, L, L), of what a module returned; None: none."""
     rest = output[1:] if isinstance(output, tuple | list) else ()
@@ -253,13 +192,3 @@ def _follow(heads: Any, weights: Tensor) -> bool:
         if g is None or [h for h in range(count) if g[:, h].any()] != [i]:
             return False
     return True
-
-
-@contextmanager
-def _replaced(mixer: Any, attend: Callable[..., Tensor]) -> Iterator[None]:
-    """Let a mixer attend by this function."""
-    mixer._attend = attend
-    try:
-        yield
-    finally:
-        del mixer._attend  # the method of its class is seen again

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from forescale.inspection.blocks import Decoder, blocks_of, changed
+from forescale.inspection.block import changed
+from forescale.inspection.blocks import Decoder, blocks_of
 
 Edit = Callable[[int, Tensor], Tensor]  # (layer, values) -> values to go on with
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forescale.inspection.blocks import Decoder, blocks_of, first_of
+from forescale.inspection.block import first_of
+from forescale.inspection.blocks import Decoder, blocks_of
 from forescale.inspection.edits import edited, mapped, token_losses
 
 IS_INDUCTION = 0.3  # mean weight from which a head is marked
