@@ -24,7 +24,6 @@ from forescale.data.objectives.spans import Spans
 from forescale.data.tokenizer import declared_ends, load_tokenizer
 from forescale.ground.errors import UserError
 from forescale.ground.storage import fsync_path, make_folder, staged
-from forescale.inference import remote_code
 from forescale.inference.gguf_export import architecture_of, write_gguf
 from forescale.inference.hf_directory import CONFIG, as_text
 from forescale.inference.question import question_of
@@ -70,7 +69,7 @@ def family(view: RunView) -> str:
         return FAMILIES[family_of(model)].architecture
     except ValueError as e:
         if not model.has_encoder:
-            return CLASSES[remote_code.auto_of(model)]
+            return CLASSES[auto_of(view)]
         problem = f"{str(e).rstrip('.')}; and {MODELING} has no encoder-decoder"
         todo = f"train with those keys, or load it with forescale.open_run({view.name!r})"
         raise UserError("model", problem[0].lower() + problem[1:], todo) from None

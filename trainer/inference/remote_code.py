@@ -19,13 +19,9 @@ from forescale.models.positions.biases import slopes
 from forescale.models.positions.rope_scaling import frequencies
 
 MODELING = "modeling_forescale.py"
+# The class of the file that each class of transformers loads.
 CLASSES = {"AutoModelForCausalLM": "ForescaleForCausalLM"}
 CLASSES |= {"AutoModelForMaskedLM": "ForescaleForMaskedLM"}
-
-
-def auto_of(config: ModelConfig) -> str:
-    """Return the class of transformers that loads the file's class for a model."""
-    return "AutoModelForCausalLM" if config.causal else "AutoModelForMaskedLM"
 
 
 def as_code(
@@ -36,9 +32,10 @@ def as_code(
     sizes, scale = shapes(c), asdict(scales(c))
     is_scaled = c.scale_embedding or c.position.kind == "sinusoidal"
     names = [name for name in state if not name.startswith("mtp.")]
-    auto = {"AutoConfig": "ForescaleConfig", auto_of(c): CLASSES[auto_of(c)]}
+    loads = "AutoModelForCausalLM" if c.causal else "AutoModelForMaskedLM"
+    auto = {"AutoConfig": "ForescaleConfig", loads: CLASSES[loads]}
     return {
-        **{"architectures": [CLASSES[auto_of(c)]], "model_type": "forescale"},
+        **{"architectures": [CLASSES[loads]], "model_type": "forescale"},
         "auto_map": {name: f"{MODELING.removesuffix('.py')}.{of}" for name, of in auto.items()},
         **{"vocab_size": c.vocab_size, "hidden_size": c.width, "num_hidden_layers": c.num_layers},
         "max_position_embeddings": c.max_sequence_length,
