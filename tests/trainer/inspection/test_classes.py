@@ -140,3 +140,13 @@ def test_a_class_that_calls_its_blocks_twice_is_refused():
     layers[0].forward = lambda x, *args, **kwargs: layers[1](block(x, *args, **kwargs), **kwargs)
     with pytest.raises(UnknownParts, match="doesn't call 2 blocks, each once"):
         blocks_of(model)
+
+
+def test_a_class_whose_head_reads_more_than_the_last_stream_is_refused():
+    """Its lens would mix the streams of two layers."""
+    model, embedded = any_model("mistral").eval(), []
+    inner = model.inner.model
+    inner.embed_tokens.register_forward_hook(lambda m, x, y: embedded.append(y))
+    inner.norm.register_forward_hook(lambda m, x, y: y + embedded[-1])
+    with pytest.raises(UnknownParts, match="reads more than the last block's stream"):
+        blocks_of(model)
