@@ -1,4 +1,5 @@
-"""Convert weights to and from Hugging Face's formats; families.py lists the architectures.
+"""Convert weights to and from Hugging Face's formats; families.py lists the architectures of
+decoders, and two_sided.py has those of BERT and T5.
 
 It works on plain dicts and does not import transformers. An export that is imported again has the
 same weights, bit for bit, and the same architecture. Lost are the fields of training (z_loss,
@@ -15,10 +16,12 @@ from typing import Any
 from torch import Tensor
 
 from forescale.models.config import ModelConfig
+from forescale.models.hf import two_sided
 from forescale.models.hf.config_json import config_to_hf
 from forescale.models.hf.families import FAMILIES
 from forescale.models.hf.fit import family_of
-from forescale.models.hf.pieces import config_of, exported, joined, pieces_of
+from forescale.models.hf.piece import exported, joined
+from forescale.models.hf.pieces import config_of, pieces, pieces_of
 from forescale.models.parametrization import folds
 
 State = dict[str, Tensor]
@@ -36,9 +39,11 @@ def to_hf(
     no architecture fits.
     """
     config = replace(config.resolved(), mtp_layers=0)  # they serve training alone
+    if config.has_encoder or not config.causal:
+        return two_sided.to_hf(config, state)
     family = family_of(config, prefer)
     dtype = str(state[next(iter(state))].dtype).removeprefix("torch.")
-    weights = exported(family, config, state, folds(config))
+    weights = exported(pieces(family, config), state, folds(config))
     return config_to_hf(family, config) | {"dtype": dtype}, weights
 
 
@@ -49,9 +54,9 @@ def from_hf(hf_config: dict[str, Any], hf_state: State) -> tuple[ModelConfig, St
     Raises ValueError for an unknown architecture, for a variant that is not supported (such as
     other scalings of rotary positions, or sliding windows), and for unknown or missing weights.
     """
-    config = config_of(hf_config)
-    pieces = pieces_of(hf_config["model_type"], config, hf_state)
+    config = config_of(hf_config, hf_state)
     state: dict[str, list[Tensor]] = {}
-    for piece in pieces:
-        state.setdefault(piece.name, []).append(piece.taken(hf_state[piece.source]))
+    for piece in pieces_of(hf_config, config, hf_state):
+        taken = piece.taken(hf_state[piece.source], hf_state.get(piece.row))
+        state.setdefault(piece.name, []).append(taken)
     return config, {name: joined(parts) for name, parts in state.items()}

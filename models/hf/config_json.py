@@ -36,12 +36,14 @@ _SIZES = {
 _MORE_SIZES = (
     "vocab_size head_dim max_position_embeddings n_inner num_local_experts num_experts "
     "num_experts_per_tok moe_intermediate_size original_max_position_embeddings sliding_window "
-    "sliding_window_pattern no_rope_layer_interval"
+    "sliding_window_pattern no_rope_layer_interval d_model d_kv d_ff num_layers num_decoder_layers "
+    "num_heads n_positions relative_attention_num_buckets relative_attention_max_distance"
 )
 _NUMBERS = (
     "rms_norm_eps layer_norm_epsilon rope_theta resid_pdrop embd_pdrop attn_pdrop "
     "final_logit_softcapping query_pre_attn_scalar factor partial_rotary_factor "
-    "rope_local_base_freq"
+    "rope_local_base_freq dropout_rate hidden_dropout_prob attention_probs_dropout_prob "
+    "layer_norm_eps"
 )
 _TRUE_OR_FALSE = "tie_word_embeddings attention_bias mlp_bias norm_topk_prob use_parallel_residual"
 _LISTS = "layer_types mlp_only_layers no_rope_layers"
@@ -49,7 +51,7 @@ _OBJECTS = "rope_parameters rope_scaling"
 _NULL = (
     "num_key_value_heads head_dim n_inner final_logit_softcapping layer_types mlp_only_layers "
     "rope_parameters rope_scaling original_max_position_embeddings factor sliding_window "
-    "no_rope_layers tie_word_embeddings attention_bias mlp_bias"
+    "no_rope_layers tie_word_embeddings attention_bias mlp_bias num_decoder_layers"
 )
 _LARGEST = 2**31 - 1  # of a size
 MOST_TENSORS = 200_000  # of a model; DeepSeek V3 has 92,000
@@ -130,7 +132,7 @@ def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
     f = FAMILIES[family]
     for key, alias in f.aliases.items():
         hf = {key: hf[alias]} | hf if alias in hf else hf
-    _check_types(hf)
+    check_types(hf)
     only(hf, "quantization_config")
     # SmolLM3 and others name the kinds of layers, although all have the same.
     kinds = {*(hf.get("layer_types") or [])} - {FULL, *[SLIDING] * (f.layers == "bases")}
@@ -140,7 +142,7 @@ def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
     fits = {k: v for k, v in f.fits.items() if k not in _RATIOS}
     hf = f.absent | hf
     tied = bool(hf.get("tie_word_embeddings", False))
-    base = replace(_of_paths(fits), vocab_size=hf["vocab_size"], tie_embeddings=tied)
+    base = replace(of_paths(fits), vocab_size=hf["vocab_size"], tie_embeddings=tied)
     if family == "gpt2":
         return _from_gpt2(base, hf)
     for key, (path, names) in f.keys.items():
@@ -161,7 +163,7 @@ def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
         "head_dim": per_head if per_head * heads != width else None,
     }
     for name in _OBJECTS.split():
-        _check_types(hf.get(name) or {})
+        check_types(hf.get(name) or {})
     assert isinstance(base.mixer, Attention)
     mixer = base.mixer
     if mixer.score_dim == per_head:
@@ -169,7 +171,7 @@ def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
     sizes |= layers_from_hf(family, hf, mixer)
     rope = hf.get("rope_parameters") or {}
     if f.layers == "bases" and FULL in rope:
-        _check_types(rope[FULL])
+        check_types(rope[FULL])
         hf = hf | {"rope_parameters": {"rope_theta": hf.get("rope_theta", 1e4)} | rope[FULL]}
     fraction = hf["partial_rotary_factor"] if "position.fraction" not in fits else None
     sizes |= positions_from_hf(hf, fraction) | _experts_from_hf(family, hf)
@@ -195,7 +197,7 @@ def _from_key(
     return base if value is None else replace(base, **{field: value})
 
 
-def _check_types(hf: dict[str, Any]) -> None:
+def check_types(hf: dict[str, Any]) -> None:
     """Raise ValueError for the first key that is read and has a value of another type than its
     own, or a size that no model has."""
 
@@ -218,7 +220,7 @@ def _check_types(hf: dict[str, Any]) -> None:
                 raise ValueError(f"its {key} is {as_text(hf[key])}, not {kind}.")
 
 
-def _of_paths(values: dict[str, Any]) -> ModelConfig:
+def of_paths(values: dict[str, Any]) -> ModelConfig:
     """Return the config with these kinds and keys by path, such as mixer and mixer.qk_norm."""
     tree: dict[str, Any] = {}
     for path, choices in values.items():

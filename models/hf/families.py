@@ -264,7 +264,7 @@ FAMILIES = {
 }
 
 # Families of which no part computes something yet.
-LACKING = {"gemma2": "a softcap of attention's scores", "bert": "segments", "t5": "a map of parts"}
+LACKING = {"gemma2": "a softcap of attention's scores"}
 LACKING |= {"qwen3_next": "a gate of shared experts, and DeltaNet with fewer keys than values"}
 LACKING |= {"deepseek_v3": "value heads of another width than queries, and groups of experts"}
 LACKING |= {"gpt_oss": "learned sinks of attention, and experts with biases"}

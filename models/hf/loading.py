@@ -48,6 +48,16 @@ _MAPPINGS = {
 }
 
 
+def sees_both_sides(values: dict[str, Any]) -> bool:
+    """Return True if the class of a config.json's content reads a text in both directions, and
+    writes none. Raises ValueError if the library knows no such class."""
+    library, kind = transformers(), values.get("model_type")
+    if has_encoder(json.dumps(values)) or kind not in library.CONFIG_MAPPING:
+        return False
+    has_mask = library.CONFIG_MAPPING[kind] in library.MODEL_FOR_MASKED_LM_MAPPING
+    return has_mask and not values.get("is_decoder", False)
+
+
 def class_name(config: str, masked: bool) -> str:
     """Return the name of the class of a config.json's text."""
     library, known = transformers(), config_of(json.loads(config), masked)

@@ -1,134 +1,70 @@
-"""The place of each parameter of our models in the tensors of a Hugging Face model.
+"""The place of each parameter of our models in the tensors of a Hugging Face model, by its family.
 
-Import and export both read it. Invariant: the pieces have every element of every parameter once, in
-the order of the parameters, and each piece is in one tensor, so that no model is ever held whole.
+Invariant: a model that is none of ours is refused by what its config.json or its tensors say.
 """
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
+from forescale.models.hf import two_sided
 from forescale.models.hf.config_json import config_from_hf
 from forescale.models.hf.families import FAMILIES, LACKING, module_names
+from forescale.models.hf.piece import Piece, matched
 
 FUSED = ("query", "key", "value")  # some families have them in one matrix, in this order
 # Constants that older files hold.
 _CONSTANT = re.compile(r"\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
+KINDS = (*FAMILIES, *two_sided.KINDS)  # each model_type that import takes
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A contiguous part of our parameter `name`: `shape`, from element `start` on.
-
-    In the Hugging Face tensor `source`, transposed if `is_turned`, it is `part` (i, n): the i-th of
-    n equal parts of the rows, or of those of each of `heads`. `added`: what the import adds to each
-    number.
-    """
-
-    name: str
-    start: int
-    shape: tuple[int, ...]
-    source: str
-    part: tuple[int, int] = (0, 1)
-    is_turned: bool = False
-    added: float = 0.0
-    heads: int = 1
-
-    def taken(self, source: Tensor) -> Tensor:
-        """Return the piece of `source`, contiguous, in its number format, or in fp32 if something
-        is added. Raises ValueError if `source` does not have the shape that config.json implies."""
-        index, count = self.part
-        expected = (count * self.shape[0], *self.shape[1:])
-        expected = expected[::-1] if self.is_turned else expected
-        if tuple(source.shape) != expected:
-            problem = f"the weight {self.source} is {list(source.shape)}"
-            raise ValueError(f"{problem}, and {list(expected)} by config.json.")
-        part = source.T if self.is_turned else source
-        if self.heads > 1:
-            part = part.unflatten(0, (self.heads, count, -1))[:, index].flatten(0, 1)
-        else:
-            part = part.narrow(0, index * self.shape[0], self.shape[0])
-        return (part.float() + self.added if self.added else part).contiguous()
-
-
-def exported(
-    family: str, config: ModelConfig, state: Mapping[str, Tensor], factors: dict[str, float]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the Hugging Face tensors by name, made of the parameters times their factors. Each
-    parameter is read from `state` when it is needed, and not held."""
-    sources: dict[str, list[Piece]] = {}
-    for piece in _pieces(family, config):
-        sources.setdefault(piece.source, []).append(piece)
-    name, whole = "", torch.empty(0)  # the last parameter: successive experts share one
-    for source, pieces in sources.items():
-        tensors: list[Tensor] = []
-        for piece in pieces:
-            if piece.name != name:
-                name, whole = piece.name, state[piece.name]
-                whole = whole * factors[name] if name in factors else whole
-            tensor = whole
-            if whole.shape != piece.shape:
-                tensor = whole[piece.start // math.prod(piece.shape)].clone()  # files hold no views
-            tensors.append(tensor - piece.added if piece.added else tensor)
-        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        if (heads := pieces[0].heads) > 1:
-            tensor = tensor.unflatten(0, (len(tensors), heads, -1)).transpose(0, 1).flatten(0, 2)
-        yield source, tensor.T.contiguous() if pieces[0].is_turned else tensor
-
-
-def joined(parts: list[Tensor]) -> Tensor:
-    """Return a parameter from all its pieces. Several pieces are the matrices of a stack."""
-    return torch.stack(parts) if len(parts) > 1 else parts[0]
-
-
-def config_of(hf_config: dict[str, Any]) -> ModelConfig:
-    """Return our config for the content of a config.json.
+def config_of(hf_config: dict[str, Any], names: Collection[str] = ()) -> ModelConfig:
+    """Return our config for the content of a config.json, and the names of the tensors in the
+    files.
 
     Raises ValueError for an unknown architecture, for a variant that is not supported, and for a
     missing key.
     """
-    family = hf_config.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        needs = f"; it needs {LACKING[str(family)]}, no part here" if str(family) in LACKING else ""
-        raise ValueError(f"its model_type is {family!r}, not one of {', '.join(FAMILIES)}{needs}.")
+    kind = hf_config.get("model_type")
+    if not isinstance(kind, str) or kind not in KINDS:
+        needs = f"; it needs {LACKING[str(kind)]}, no part here" if str(kind) in LACKING else ""
+        raise ValueError(f"its model_type is {kind!r}, not one of {', '.join(KINDS)}{needs}.")
     try:
-        return config_from_hf(family, hf_config)
+        if kind in two_sided.KINDS:
+            return two_sided.config_from_hf(kind, hf_config, names)
+        return config_from_hf(kind, hf_config)
     except KeyError as e:
         raise ValueError(f"it has no {e.args[0]}.") from None
     except (AttributeError, TypeError, ZeroDivisionError) as e:
         raise ValueError(f"one of its values is of a kind that no model has ({e}).") from None
 
 
-def pieces_of(family: str, config: ModelConfig, names: Iterable[str]) -> list[Piece]:
-    """Return the pieces of all parameters. names: of the tensors in the files; ValueError for an
-    unknown or missing one."""
-    pieces, there = list(_pieces(family, config)), dict[str, str]()
+def architecture_of(kind: str) -> str:
+    """Return the class of transformers of a model_type."""
+    return FAMILIES[kind].architecture if kind in FAMILIES else two_sided.KINDS[kind]
+
+
+def pieces_of(hf_config: dict[str, Any], config: ModelConfig, names: Iterable[str]) -> list[Piece]:
+    """Return the pieces of all parameters. config: of the content of config.json. names: of the
+    tensors in the files; ValueError for an unknown or missing one."""
+    kind: str = hf_config["model_type"]
+    if kind in two_sided.KINDS:
+        there = {usual: name for name in names if (usual := two_sided.usual_name(name, config))}
+        return matched(kind, [*two_sided.pieces(config, hf_config)], there)
+    there = {}
     for name in names:
         usual = name
-        if family == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
+        if kind == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
             usual = f"transformer.{name}"  # OpenAI's own files leave it out
         if not _CONSTANT.search(name) and not (usual == "lm_head.weight" and config.tie_embeddings):
             there[usual] = name
-    sources = dict.fromkeys(piece.source for piece in pieces)
-    if missing := [name for name in sources if name not in there]:
-        raise ValueError(f"the weight {missing[0]} is missing{_others(missing)}.")
-    if unknown := [name for name in there if name not in sources]:
-        raise ValueError(f"unexpected weight {unknown[0]} in a {family} model{_others(unknown)}.")
-    return [replace(piece, source=there[piece.source]) for piece in pieces]
+    return matched(kind, [*pieces(kind, config)], there)
 
 
-def _others(names: list[str]) -> str:
-    return f", and {len(names) - 1} more" if len(names) > 1 else ""
-
-
-def _pieces(family: str, config: ModelConfig) -> Iterable[Piece]:
+def pieces(family: str, config: ModelConfig) -> Iterable[Piece]:
     """Yield the pieces of all parameters, with the names that an export gives the tensors."""
     names, f = module_names(family, config), FAMILIES[family]
     for name, shape in shapes(config).items():

@@ -1,5 +1,7 @@
 """BERT and T5 of transformers, with the same weights: logits to 1e-5, gradients to 1e-3."""
 
+import contextlib
+import math
 import re
 from dataclasses import replace
 
@@ -13,7 +15,8 @@ from forescale.config.train import TrainJob
 from forescale.models import ModelConfig, Transformer
 from forescale.models.decoding.batch import generate
 from forescale.models.decoding.sampler import Sampler
-from forescale.models.hf import two_sided
+from forescale.models.hf import from_hf, to_hf, two_sided
+from forescale.models.hf.pieces import config_of
 from forescale.models.positions.biases import buckets
 from tests.models.configs import changed, model_config
 
@@ -142,6 +145,94 @@ def test_t5_writes_the_same():
     assert torch.equal(generate(local, start, 25, **how), expected)
     assert len({tuple(row) for row in expected.tolist()}) == 3
     assert expected.unique().numel() > 4
+
+
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+SMALL_T5 = dict(d_model=32, d_kv=12, d_ff=48, num_layers=3, num_decoder_layers=2, num_heads=4)
+SMALL_T5 |= dict(relative_attention_num_buckets=8, relative_attention_max_distance=12)
+THEIRS = {
+    "bert": ("BertForPreTraining", SMALL | dict(max_position_embeddings=L)),
+    "t5 v1.0": ("T5ForConditionalGeneration", SMALL_T5),
+    "t5 v1.1": (
+        "T5ForConditionalGeneration",
+        SMALL_T5 | dict(tie_word_embeddings=False, feed_forward_proj="gated-gelu"),
+    ),
+    "mt5": ("MT5ForConditionalGeneration", SMALL_T5 | dict(feed_forward_proj="gated-gelu")),
+}
+
+
+@pytest.fixture(params=THEIRS)
+def theirs(request):
+    """A class of transformers with weights of its own, and its config as version 4 writes it."""
+    transformers = pytest.importorskip("transformers")
+    name, sizes = THEIRS[request.param]
+    cls = getattr(transformers, name)
+    torch.manual_seed(0)
+    config = cls.config_class(vocab_size=V, attn_implementation="eager", **sizes)
+    peer = cls(config).eval()
+    keys = config.to_dict()
+    if request.param in ("t5 v1.1", "mt5"):  # the head is no embedding
+        peer.lm_head.weight = torch.nn.Parameter(torch.empty(V, 32))
+        keys["tie_word_embeddings"] = False
+    keys.pop("scale_decoder_outputs", None)
+    with torch.no_grad():
+        for p in peer.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return request.param, peer, keys
+
+
+def test_others_come_in_as_ours(theirs):
+    """BERT with what it has for sentences, and the names of 2018; versions 4 and 5 of configs."""
+    name, peer, keys = theirs
+    state, x = peer.state_dict(), tokens(2, L)
+    if name == "bert":
+        old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        state = {re.sub(r"LayerNorm\.\w+", lambda m: old[m[0]], k): v for k, v in state.items()}
+        assert "cls.seq_relationship.weight" in state
+        expected = peer(x).prediction_logits
+    else:
+        expected = peer(x, decoder_input_ids=x[:, :T]).logits
+    config, weights = from_hf(keys, state)
+    local = Transformer(config).eval()
+    local.load_state_dict(weights)
+    if name == "bert":
+        got = local(x)
+    else:
+        assert config.tie_embeddings == (name == "t5 v1.0")
+        source = torch.zeros(2, config.source_length - L, dtype=torch.long)
+        row = torch.cat([source, x, x[:, :T]], 1)
+        real = torch.arange(row.shape[1]) >= source.shape[1]
+        got = local(row, padding_mask_BL=real.expand(2, -1))
+        assert from_hf(peer.config.to_dict(), state)[0] == config  # as version 5 writes it
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+
+    back, files = to_hf(config, weights)
+    again, same = from_hf(back, dict(files))
+    assert changed(again, tie_embeddings=config.tie_embeddings, source_length=None) == changed(
+        config, source_length=None
+    )
+    assert all(torch.equal(same[name], weights[name]) for name in weights)
+
+
+def test_variants_and_values_of_another_kind_are_refused(theirs):
+    name, _, keys = theirs
+    variants = [{"quantization_config": {}}]
+    variants += [{"is_decoder": True}, {"hidden_act": "relu"}] if name == "bert" else []
+    for change in variants:
+        with pytest.raises(ValueError, match=next(iter(change))):
+            config_of(keys | change)
+    for key in keys:
+        for value in ("2", [1], [[]], {"a": 1}, 3.5, -1, 2**31, 10**400, math.nan, math.inf, True):
+            with contextlib.suppress(ValueError):
+                assert not config_of(keys | {key: value}).problems(), (key, value)
+
+
+def test_missing_weights_are_named(theirs):
+    _, peer, keys = theirs
+    state = {k: v for k, v in peer.state_dict().items() if "final_layer_norm" not in k}
+    state.pop("bert.embeddings.token_type_embeddings.weight", None)
+    with pytest.raises(ValueError, match=r"(final_layer_norm|token_type_embeddings)\S+ is missing"):
+        from_hf(keys, state)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ DECLARING = (
 _FILE = "tokenizer.json"
 _MOST_BYTES = 50_000_000  # published ones have up to 35 MB; it takes up to 70 times as much to read
 _MOST_IDS = 1 << 24  # of a vocabulary; the largest published one has some million
-_OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+_MASKS = ("[MASK]", "<mask>", "<|mask|>")
+_OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 
 # Set explicitly: without it tokenizers warns and becomes serial when a process forks.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -158,6 +159,12 @@ def declared_ends(tokenizer: Tokenizer, files: Mapping[str, Any]) -> list[int]:
     return [i for i in ends if i is not None]
 
 
+def mask_id(tokenizer: Tokenizer) -> int | None:
+    """Return the id of the special token that hides others; None: the tokenizer has none."""
+    special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+    return next((tokenizer.token_to_id(name) for name in _MASKS if name in special), None)
+
+
 def end_of_text(
     tokenizer: Tokenizer,
     where: str,
@@ -209,7 +216,9 @@ def token_bytes(tokenizer: Tokenizer, where: str = "tokenizer") -> np.ndarray:
     tokens.
 
     Exact for byte-level vocabularies, and for SentencePiece's with byte fallback except for the
-    space that they add before a text. Raises UserError for kinds whose tokens have no fixed bytes.
+    space that they add before a text. Of others, such as BERT's and T5's, the bytes of what an id
+    is decoded to: they change the text first (its case, accents, spaces). Raises UserError for
+    kinds whose tokens have no fixed bytes.
     """
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     added = tokenizer.get_added_tokens_decoder()
@@ -218,7 +227,7 @@ def token_bytes(tokenizer: Tokenizer, where: str = "tokenizer") -> np.ndarray:
     spec = json.loads(tokenizer.to_str())
     decoder = json.dumps(spec["decoder"])
     is_byte_level = '"ByteLevel"' in decoder
-    if not is_byte_level and '"ByteFallback"' not in decoder:
+    if not re.search('"(ByteLevel|ByteFallback|WordPiece|Metaspace)"', decoder):
         problem = "its tokens have no fixed number of bytes"
         raise UserError(where, problem, "use a byte-level tokenizer")
     sizes = np.zeros(largest + 1, np.int64)
@@ -230,8 +239,15 @@ def token_bytes(tokenizer: Tokenizer, where: str = "tokenizer") -> np.ndarray:
         elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
             sizes[index] = 1
         else:
-            sizes[index] = len(piece.replace("\u2581", " ").encode())
+            sizes[index] = len(spelled(piece, decoder).encode())
     return sizes
+
+
+def spelled(piece: str, decoder: str) -> str:
+    """Return the text of a token that is not byte-level. decoder: in JSON."""
+    if '"WordPiece"' in decoder:  # a word but for ##, which goes on with one
+        return piece[2:] if piece.startswith("##") else f" {piece}"
+    return piece.replace("\u2581", " ")
 
 
 def longest_token(tokenizer: Tokenizer) -> int | None:

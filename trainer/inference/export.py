@@ -105,8 +105,6 @@ def _exported(view: RunView, checkpoint: Checkpoint, dtype: str) -> _Exported:
     def content() -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
         if architecture in CLASSES.values():
             return as_code(model, weights)
-        if architecture in (two_sided.BERT, two_sided.T5):
-            return two_sided.to_hf(model, weights)
         return to_hf(model, weights, imported.get("model_type"))
 
     config = content()[0] | {"dtype": str(kind).removeprefix("torch.")} | _start_of_answers(view)
@@ -314,12 +312,19 @@ def _added(view: RunView) -> list[str]:
     if tokenizer.get_vocab_size() != known:  # a name would get another id
         return []
     if view.config.objective.sees_both_sides:
-        return [] if tokenizer.token_to_id(_MASK) is not None else [_MASK]
+        return [] if _mask(view) != _MASK or tokenizer.token_to_id(_MASK) is not None else [_MASK]
     if view.config.objective.source_kind != "gaps":
         return []
     spans = objective_of(view.config, known)
     assert isinstance(spans, Spans)
     return [f"<extra_id_{i}>" for i in range(spans.extra_ids)]
+
+
+def _mask(view: RunView) -> str:
+    """Return the name of the mask token of a run of objective=masked, "" of another."""
+    token = getattr(view.config.objective, "mask_token", None)
+    name = view.tokenizer.id_to_token(token) if token is not None else None
+    return name or (_MASK if view.config.objective.kind == "masked" else "")
 
 
 def _tokenizer(view: RunView) -> bytes:
@@ -356,8 +361,8 @@ def _small_files(view: RunView, config: dict[str, Any]) -> dict[str, Any]:
             "model_max_length": view.config.train.sequence_length,
         },
     }
-    if _MASK in _added(view):
-        files["tokenizer_config.json"]["mask_token"] = _MASK
+    if mask := _mask(view):
+        files["tokenizer_config.json"]["mask_token"] = mask
     if template := kept_template(view.run):
         files[_TEMPLATE] = template
     if not view.run.imported.is_file():

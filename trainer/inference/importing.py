@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from forescale.checkpoint.writer import Fragment, unread_weight, write_weights
 from forescale.config.compose import compose
@@ -26,6 +26,7 @@ from forescale.data.tokenizer import (
     declared_ends,
     declaring_files,
     given_tokenizer,
+    mask_id,
     vocabulary_of,
 )
 from forescale.ground.console import Meter, Progress, progress_display, silent
@@ -35,35 +36,49 @@ from forescale.inference.gguf_file import GgufFile
 from forescale.inference.hf_directory import HfDirectory
 from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
-from forescale.models.hf import FAMILIES
+from forescale.models.hf import two_sided
 from forescale.models.hf.any_class import AnyModel
-from forescale.models.hf.pieces import config_of, pieces_of
+from forescale.models.hf.loading import has_encoder, sees_both_sides
+from forescale.models.hf.pieces import KINDS, architecture_of, config_of, pieces_of
 from forescale.run.directory import GGUF, Run, expect_free, new_run
 from forescale.run.identity import code_and_id
 from forescale.run.start import versions, with_its_config
 
 _LONGEST = 1 << 15  # tokens, of a class without positions; any number would do
+# Keys of config.json, of ids with which an answer may begin.
+_BEGINNINGS = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+_LONGEST_SOURCE = 512  # of T5's kin
+
+
+Reads = Literal["both sides", "source", "text"]
 
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """A model as a run holds it: its config, weights and class; its ids and longest sequence."""
+    """A model as a run holds it.
+
+    architecture: the name of its class; vocab_size: its ids; longest: the tokens of a row; reads:
+    a text in both directions, a source whose answer it writes, or a text that it continues.
+    """
 
     model: ModelConfig | TargetConfig
     parts: list[Fragment]
     architecture: str
     vocab_size: int
     longest: int
+    reads: Reads = "text"
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A run that holds imported weights. parameters: their number; bytes: of the weights."""
+    """A run that holds imported weights. parameters: their number; bytes: of the weights; reads:
+    see ImportedModel."""
 
     run: Run
     architecture: str
     parameters: int
     bytes: int
+    reads: Reads
 
 
 def import_hf(
@@ -85,9 +100,9 @@ def import_hf(
     imported = _imported(directory)
     parts, architecture = imported.parts, imported.architecture
     vocabulary = _vocabulary(directory, imported.vocab_size, tokenizer, end_of_text)
-    job = _job(run, imported)
+    job = _job(run, imported, directory, vocabulary)
     numbers, size = sum(p.data.numel() for p in parts), sum(p.data.nbytes for p in parts)
-    result = Imported(run, architecture, numbers, size)
+    result = Imported(run, architecture, numbers, size, imported.reads)
     meter = Meter(progress, "import weights", size, "bytes")
     with new_run(run, job.run.mode) as new:
         write_weights(new, parts, lambda size: meter(size, 0))
@@ -139,14 +154,16 @@ def _imported(directory: HfDirectory | GgufFile) -> ImportedModel:
     Raises UserError if it is neither."""
     family = directory.config.get("model_type")
     try:
-        model = config_of(directory.config)
+        # Before the weights of others are looked at, their config may be refused.
+        names = directory.tensors if family in [*two_sided.KINDS] else ()
+        model = config_of(directory.config, names)
         for key, wrong, _ in build(ModelConfig, plain(model), "model.")[2]:  # as `train` does
             raise ValueError(f"it gives {key}, which {wrong}.")
     except ValueError as e:
         where, problem = str(directory.config_path), str(e).rstrip(".")
         todo = "import another model; nothing was written"
         if isinstance(family, str) and isinstance(directory, HfDirectory):
-            if family not in FAMILIES:
+            if family not in KINDS:
                 return _class_of(directory, problem)
             folder = where.removesuffix("/config.json")
             todo = (
@@ -155,8 +172,10 @@ def _imported(directory: HfDirectory | GgufFile) -> ImportedModel:
             todo += "data.path=DATA; nothing was written"
         raise UserError(where, problem, todo) from None
     parts, sizes = list(_parts(directory, model)), model.sizes
-    architecture = FAMILIES[directory.config["model_type"]].architecture
-    return ImportedModel(model, parts, architecture, sizes.vocab_size, sizes.max_sequence_length)
+    architecture = architecture_of(directory.config["model_type"])
+    reads: Reads = "source" if model.has_encoder else "text" if model.causal else "both sides"
+    longest = sizes.max_sequence_length
+    return ImportedModel(model, parts, architecture, sizes.vocab_size, longest, reads)
 
 
 def _class_of(directory: HfDirectory, problem: str) -> ImportedModel:
@@ -164,7 +183,10 @@ def _class_of(directory: HfDirectory, problem: str) -> ImportedModel:
     _ = directory.tensors  # whole files, and no pickles
     model = with_its_config(TargetConfig(ANY_CLASS, {"name": str(directory.path)}))
     try:
-        module = AnyModel(**model.arguments, vocab_size=0, sequence_length=0)
+        has_source = has_encoder(model.arguments["config"])
+        masked = sees_both_sides(directory.config)
+        rows: dict[str, Any] = {"sequence_length": 0, "masked": masked, "split": int(has_source)}
+        module = AnyModel(**model.arguments, vocab_size=0, **rows)
     except ValueError as e:
         reason, _, todo = str(e).partition("; ")
         problem = f"{problem}; as a class of transformers: {reason}"
@@ -179,8 +201,12 @@ def _class_of(directory: HfDirectory, problem: str) -> ImportedModel:
         for n, w in weights.items()
     ]
     text = module.inner.config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None) or _LONGEST
-    return ImportedModel(model, parts, type(module.inner).__name__, text.vocab_size, longest)
+    longest = getattr(text, "max_position_embeddings", None)
+    longest = longest or (_LONGEST_SOURCE if has_source else _LONGEST)
+    longest = 2 * longest if has_source else longest
+    reads: Reads = "source" if has_source else "both sides" if masked else "text"
+    name = type(module.inner).__name__
+    return ImportedModel(model, parts, name, text.vocab_size, longest, reads)
 
 
 def _parts(directory: HfDirectory | GgufFile, model: ModelConfig) -> Iterator[Fragment]:
@@ -188,10 +214,11 @@ def _parts(directory: HfDirectory | GgufFile, model: ModelConfig) -> Iterator[Fr
     than the model has."""
     whole = shapes(model)
     try:
-        for piece in pieces_of(directory.config["model_type"], model, directory.tensors):
-            stored = directory.tensors[piece.source]
-            described = piece.taken(stored.described())
-            read = partial(lambda piece, stored: piece.taken(stored.read()), piece, stored)
+        for piece in pieces_of(directory.config, model, directory.tensors):
+            names = [name for name in (piece.source, piece.row) if name]
+            stored = [directory.tensors[name] for name in names]
+            described = piece.taken(*(one.described() for one in stored))
+            read = partial(lambda p, all: p.taken(*(one.read() for one in all)), piece, stored)
             yield unread_weight(piece.name, whole[piece.name], piece.start, described, read)
     except ValueError as e:
         todo = "download it again, or import another model; nothing was written"
@@ -230,8 +257,10 @@ def _small_files(directory: HfDirectory | GgufFile, vocabulary: Vocabulary) -> d
     return files
 
 
-def _job(run: Run, imported: ImportedModel) -> TrainJob:
-    """Return the job to freeze: the model, and defaults that nothing reads."""
+def _job(
+    run: Run, imported: ImportedModel, directory: HfDirectory | GgufFile, vocabulary: Vocabulary
+) -> TrainJob:
+    """Return the job to freeze: the model, its objective, and defaults that nothing reads."""
     words = [f"run.name={run.name}", f"run.root={run.path.parent}", "schedule=constant"]
     words += [
         "schedule.warmup=0 steps",
@@ -239,6 +268,14 @@ def _job(run: Run, imported: ImportedModel) -> TrainJob:
         "train.global_batch=1",
         "train.micro_batch=1",
     ]
+    if imported.reads == "both sides":
+        words += ["model.causal=false", "objective=masked"]
+        if (mask := mask_id(vocabulary.load())) is not None:
+            words += [f"objective.mask_token={mask}"]
+    if imported.reads == "source":
+        ids = [directory.config.get(key) for key in _BEGINNINGS]
+        first = next((i for i in ids if type(i) is int and i != vocabulary.end), 0)
+        words += ["objective=pairs", f"objective.separator='{first}'"]
     job = compose(TrainJob, words)
     train = replace(job.train, sequence_length=imported.longest)
     return replace(job, model=imported.model, train=train)

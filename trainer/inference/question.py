@@ -98,6 +98,8 @@ def question_of(view: RunView, text: str) -> Question:
         problem = f"is your own class {target}, of which only you know how it reads a source"
         raise UserError("model._target_", problem, f"call forescale.open_run({view.name!r})")
     objective = objective_of(config, identity["vocab_size"])
+    if view.run.is_import and isinstance(objective, Pairs):
+        return _of_import(view, text, objective)
     if isinstance(objective, Prefix):
         return _of_start(view, text, objective, has_source)
     if isinstance(objective, Pairs):
@@ -183,6 +185,34 @@ def _of_pair(view: RunView, text: str, pairs: Pairs, has_encoder: bool) -> Quest
         max_context=pairs.columns,
         source=source if has_encoder else None,
         max_tokens=pairs.columns - pairs.split,
+    )
+
+
+def _of_import(view: RunView, text: str, pairs: Pairs) -> Question:
+    """Return a text as imported weights read a source: with the tokens that their tokenizer puts
+    around a text, and the first ids of an answer that their config declares."""
+    declared = view.run.read_imported()
+    config = declared.get("config.json", {}) | declared.get("generation_config.json", {})
+    first = config.get("decoder_start_token_id")
+    start = [int(str(pairs.separator)) if first is None else first]
+    if (forced := config.get("forced_bos_token_id")) is not None:
+        start.append(forced)
+    source = view.tokenizer.encode(text).ids
+    _check_length(source, pairs.split)
+    if not source:
+        raise UserError("prompt", "is empty, and the model answers a text", "give a text")
+    end, most = view.identity["dataset"]["end_of_text"], pairs.columns - pairs.split
+    return Question(
+        prompt=text,
+        echo="",
+        start=start,
+        previous=start,
+        end=end,
+        unit="answer",
+        max_context=pairs.columns,
+        source=source,
+        max_tokens=most,
+        other_ends=view.ends,
     )
 
 

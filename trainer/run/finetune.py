@@ -66,12 +66,15 @@ _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
 def expect_decoder(name: str, config: TrainJob) -> None:
-    """Raise UserError if the class of the run `name` has an encoder, which reads no examples."""
-    model = config.model
-    if is_any_class(model) and has_encoder(model.arguments["config"]):
-        problem = f"{name} has an encoder and a decoder, and examples are rows of a decoder"
+    """Raise UserError if the model of the run `name` has an encoder, which reads no examples."""
+    model, both = config.model, config.objective.sees_both_sides
+    has_both = is_any_class(model) and has_encoder(model.arguments["config"])
+    if both or has_both or getattr(model, "encoder_layers", 0):
+        has = "is an encoder" if both else "has an encoder and a decoder"
+        objective = "masked" if both else "pairs"
         todo = f"write forescale train NAME run.from.run={name} run.from.load=weights "
-        raise UserError("finetune", problem, f"{todo}objective=pairs data=dataset data.path=DIR")
+        todo += f"objective={objective} data=dataset data.path=DIR"
+        raise UserError("finetune", f"{name} {has}, and examples are rows of a decoder", todo)
 
 
 def first_config(

@@ -84,13 +84,16 @@ def main(arguments: list[str]) -> int:
         "architecture": imported.architecture, "parameters": imported.parameters,
         "bytes": imported.bytes,
     })  # fmt: skip
-    print(
+    writes, is_scored = imported.reads != "both sides", imported.reads != "source"
+    objective = {"text": "", "source": "objective=pairs ", "both sides": "objective=masked "}
+    lines = [
         f"{imported.architecture} in {source} is the run {run.path} now: {imported.parameters:,} "
-        f"parameters, {imported.bytes / 2**20:,.1f} MiB.\n\n"
-        f"Next (text becomes data with forescale shards TEXT tokenizer={run.tokenizer}):\n"
-        f"  forescale generate {run.path} prompt=TEXT\n"
-        f"  forescale eval {run.path} data.path=DATA\n"
+        f"parameters, {imported.bytes / 2**20:,.1f} MiB.\n",
+        f"Next (text becomes data with forescale shards TEXT tokenizer={run.tokenizer}):",
+        *[f"  forescale generate {run.path} prompt=TEXT"] * writes,
+        *[f"  forescale eval {run.path} data.path=DATA"] * is_scored,
         f"  forescale train run.name=NEW run.from.run={run.path} run.from.load=weights "
-        f"data=dataset data.path=DATA"
-    )
+        f"{objective[imported.reads]}data=dataset data.path=DATA",
+    ]
+    print("\n".join(lines))
     return DONE

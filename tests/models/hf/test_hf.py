@@ -250,7 +250,7 @@ def test_the_nearest_of_equals_has_the_models_own_mlp():
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"model_type": "bert"}, "bert.*needs segments"),
+        ({"model_type": "gemma2"}, "gemma2.*needs a softcap"),
         ({"model_type": "mamba"}, "mamba"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters"),
         ({"hidden_act": "gelu"}, "hidden_act"),

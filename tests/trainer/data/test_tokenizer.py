@@ -14,6 +14,7 @@ from forescale.data.tokenizer import (
     end_of_text,
     load_tokenizer,
     longest_token,
+    mask_id,
     token_bytes,
     train_bpe,
 )
@@ -68,6 +69,22 @@ def test_byte_fallback_pieces():
     tokenizer.add_special_tokens(["<unk>", "</s>"])
     assert token_bytes(tokenizer).tolist() == [0, 1, 4, 3, 0]
     assert end_of_text(tokenizer, "here") == 4
+
+
+def test_words_and_pieces_without_bytes_count_as_they_are_decoded():
+    """BERT's and T5's kinds; what they can't write counts no bytes."""
+    vocab = {"[UNK]": 0, "[MASK]": 1, "ab": 2, "##c": 3, "é": 4}
+    words = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    words.add_special_tokens(["[UNK]", "[MASK]"])
+    ids = words.encode("abc é ab").ids
+    assert token_bytes(words)[ids].sum() == len(f" {words.decode(ids)}".encode())
+    assert mask_id(words) == 1
+    pieces = Tokenizer(models.Unigram([("<unk>", 0.0), ("\u2581ab", -1.0), ("é", -2.0)], 0))
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    pieces.add_special_tokens(["<unk>"])
+    assert token_bytes(pieces).tolist() == [0, 3, 2]
+    assert mask_id(pieces) is None
 
 
 @pytest.mark.parametrize(

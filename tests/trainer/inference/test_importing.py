@@ -274,7 +274,7 @@ def headed(tensors):
 NORM = "model.norm.weight"
 LONG = {"rope_type": "longrope", "factor": 8.0, "rope_theta": 1e4}
 REFUSED = {
-    "family": (changed("model_type", "bert"), "config.json: its model_type is 'bert', not one of"),
+    "family": (changed("model_type", "x"), "config.json: its model_type is 'x', not one of"),
     "rope": (changed("rope_parameters", LONG), 'its rope_parameters.rope_type is "longrope"'),
     "blend": (
         changed("rope_parameters", ROPE | {"low_freq_factor": 2.0}),

@@ -91,6 +91,9 @@ class MaskedConfig(ObjectiveConfig):
     hidden: float = key(0.8, ge=0, le=1)
     # share of the targets that a random token replaces; all others stay
     random: float = key(0.1, ge=0, le=1)
+    # id of the mask token; null: that of the tokenizer ([MASK] or <mask>), if it has one, else a
+    # new one, the first beyond its ids
+    mask_token: int | None = key(None, ge=0)
 
     def problems(self) -> ProblemIterator:
         if self.hidden + self.random > 1:

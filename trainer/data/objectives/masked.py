@@ -18,13 +18,10 @@ class MaskedTokens:
     token drawn from the whole vocabulary, and the rest is unchanged. BERT masks no special token;
     here end-of-text tokens are masked like others.
 
-    The mask token is the first id beyond the vocabulary, vocab_size, which occurs in no text,
-    whatever the tokenizer; a mask token of the tokenizer is not used. So the model is built with
-    vocab_size + 1. Each epoch masks the same text anew ("dynamic", Liu et al. 2019, arXiv
-    1907.11692, section 4.1).
+    mask_token: its id, of a special token, which occurs in no text; None: the first id beyond the
+    vocabulary, vocab_size, so that the model is built with vocab_size + 1. Each epoch masks the
+    same text anew ("dynamic", Liu et al. 2019, arXiv 1907.11692, section 4.1).
     """
-
-    extra_ids = 1
 
     def __init__(
         self,
@@ -34,8 +31,11 @@ class MaskedTokens:
         rate: float = 0.15,
         hidden: float = 0.8,
         random: float = 0.1,
+        mask_token: int | None = None,
     ):
-        self.vocab_size, self.seed, self.mask_token = vocab_size, seed, vocab_size
+        self.vocab_size, self.seed = vocab_size, seed
+        self.mask_token = vocab_size if mask_token is None else mask_token
+        self.extra_ids = int(mask_token is None)
         self.sequence_length = sequence_length
         self.rate, self.hidden, self.random = rate, hidden, random
 

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from forescale.data.dataset import MANIFEST, SHUFFLE_SHARDS, Dataset
 from forescale.data.order import Order
-from forescale.data.tokenizer import byte_tokenizer
+from forescale.data.tokenizer import byte_tokenizer, spelled
 from forescale.ground.console import open_console
 from forescale.ground.errors import UserError
 from forescale.ground.storage import cache_directory
@@ -206,8 +206,8 @@ class _Reader:
     def __init__(self, dataset: Dataset):
         self._tokenizer = dataset.tokenizer
         self._added = self._tokenizer.get_added_tokens_decoder()
-        decoder = json.dumps(json.loads(dataset.tokenizer_json)["decoder"])
-        self._is_byte_level = '"ByteLevel"' in decoder
+        self._decoder = json.dumps(json.loads(dataset.tokenizer_json)["decoder"])
+        self._is_byte_level = '"ByteLevel"' in self._decoder
         alphabet = byte_tokenizer().get_vocab(with_added_tokens=False)
         self._alphabet = {character: bytes([byte]) for character, byte in alphabet.items()}
 
@@ -226,7 +226,7 @@ class _Reader:
             elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
                 raw += bytes([int(piece[3:5], 16)])
             else:
-                raw += piece.replace("\u2581", " ").encode()
+                raw += spelled(piece, self._decoder).encode()
         _append(text, raw)
         return text
 

@@ -1,0 +1,117 @@
+"""`forescale import hf` of encoders and encoder-decoders: BERT, T5, and other classes."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import SentencePieceUnigramTokenizer
+from tokenizers.implementations import BertWordPieceTokenizer
+from tokenizers.processors import TemplateProcessing
+
+from forescale import open_run
+from forescale.config.train import TrainJob
+from forescale.models.hf.any_class import AnyModel
+from forescale.run.command import job_of
+from forescale.run.start import start
+from tests.models.hf.kinds import save_model
+
+transformers = pytest.importorskip("transformers")
+
+TEXT = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Pack my box with five dozen liquor jugs!",
+    "How vexingly quick daft zebras jump; sphinx of black quartz, judge my vow.",
+]
+SPECIAL = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """Make a directory of a kind, with a tokenizer of its kind; return it and its model."""
+
+    def made(kind: str):
+        folder = tmp_path_factory.mktemp(kind)
+        if kind == "bert":
+            words = BertWordPieceTokenizer()
+            words.train_from_iterator(TEXT * 9, vocab_size=120)
+            words.save(str(folder / "words.json"))
+            tokenizer = transformers.BertTokenizerFast(tokenizer_file=str(folder / "words.json"))
+        else:
+            pieces = SentencePieceUnigramTokenizer()
+            special = ["<pad>", "</s>", "<unk>"]
+            pieces.train_from_iterator(
+                TEXT * 9, vocab_size=90, special_tokens=special, unk_token="<unk>"
+            )
+            pieces.post_processor = TemplateProcessing(
+                single="$A </s>", special_tokens=[("</s>", 1)]
+            )
+            tokenizer = transformers.PreTrainedTokenizerFast(
+                tokenizer_object=pieces._tokenizer, **SPECIAL
+            )
+        tokenizer.save_pretrained(folder)
+        if kind == "bert":
+            return folder, save_model(kind, folder, eos_token_id=None, bos_token_id=None)
+        ids: dict = dict(eos_token_id=1, bos_token_id=2, pad_token_id=0, vocab_size=len(tokenizer))
+        ids |= dict(decoder_start_token_id=1) if kind == "bart" else {}  # as published
+        model = save_model(kind, folder, **ids)
+        if kind == "bart":
+            model.generation_config.forced_bos_token_id = 2
+            model.generation_config.save_pretrained(folder)
+        return folder, model
+
+    return made
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_it_answers_as_its_class_does(kind, folder_of, tmp_path, forescale):
+    """With the tokens around a text, and the first of an answer; T5 is ours, BART its class."""
+    folder, peer = folder_of(kind)
+    out = forescale.prints("import", "hf", folder, "it", f"run.root={tmp_path}")
+    assert "objective=pairs" in out
+    assert "forescale eval" not in out
+    run, tokenizer = tmp_path / "it", transformers.AutoTokenizer.from_pretrained(folder)
+    assert isinstance(open_run(run).model(), AnyModel) == (kind == "bart")
+    text = "the quick box judges"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert ids[0, -1] == 1
+    written = peer.generate(ids, max_new_tokens=12, do_sample=False)[0]
+    expected = tokenizer.decode(written, skip_special_tokens=True)
+    options = ("temperature=0", f"num_tokens={12 - (kind == 'bart')}", "--json")
+    answer = json.loads(forescale.prints("generate", run, f"prompt={text}", *options))
+    assert len(expected) > 3
+    assert answer["text"].strip() == expected.strip()
+
+    forescale.prints("export", run, f"to={tmp_path / 'hf'}")
+    back = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "hf").eval()
+    x = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        logits = [m(x, decoder_input_ids=x).logits for m in (peer, back)]
+    torch.testing.assert_close(*logits)
+
+
+def test_an_encoder_comes_in_with_its_mask_token(folder_of, tmp_path, forescale):
+    """Which its training goes on with, on text in its own tokenizer, and which an export names."""
+    folder, peer = folder_of("bert")
+    out = forescale.prints("import", "hf", folder, "it", f"run.root={tmp_path}")
+    assert "forescale generate" not in out
+    view, tokenizer = open_run(tmp_path / "it"), transformers.AutoTokenizer.from_pretrained(folder)
+    assert view.config.objective.mask_token == tokenizer.mask_token_id == 4
+    x = torch.arange(5, 37)[None]
+    with torch.no_grad():
+        assert (view.model()(x) - peer(x).logits).abs().max() < 1e-5
+    data = tmp_path / "data"
+    (tmp_path / "words.txt").write_text("\n".join(TEXT * 30))
+    forescale.prints("shards", tmp_path / "words.txt", f"output={data}", f"tokenizer={folder}")
+    assert forescale("eval", tmp_path / "it", f"data.path={data}")[0] == 0
+    words = [f"run.from.run={tmp_path / 'it'}", "run.from.load=weights", "objective=masked"]
+    words += ["data=dataset", f"data.path={data}", f"run.root={tmp_path}", "run.name=on"]
+    sizes = ["train.sequence_length=16", "train.global_batch=2", "train.micro_batch=2"]
+    begun = start(job_of(TrainJob, [*words, *sizes, "train.steps=1"])).job
+    assert (begun.objective.mask_token, begun.model.vocab_size) == (4, 300)  # no new id
+    forescale.prints("export", tmp_path / "it", f"to={tmp_path / 'hf'}")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (again.mask_token, again.eos_token) == ("[MASK]", "[SEP]")
+    assert "is no id of the tokenizer" in forescale.refuses(
+        "train", "x", "objective=masked", "objective.mask_token=999", "model.causal=false",
+        f"data.path={data}", "data=dataset", f"run.root={tmp_path}",
+    )  # fmt: skip
