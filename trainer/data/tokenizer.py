@@ -159,6 +159,17 @@ def declared_ends(tokenizer: Tokenizer, files: Mapping[str, Any]) -> list[int]:
     return [i for i in ends if i is not None]
 
 
+def framing(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the ids that a tokenizer puts before each text and behind it, such as Llama's token of
+    the beginning and T5's of the end."""
+    plain, whole = (
+        tokenizer.encode("a", add_special_tokens=framed).ids for framed in (False, True)
+    )
+    ends = range(len(plain), len(whole) + 1)
+    end = next((end for end in ends if whole[end - len(plain) : end] == plain), None)
+    return ([], []) if end is None else (whole[: end - len(plain)], whole[end:])
+
+
 def mask_id(tokenizer: Tokenizer) -> int | None:
     """Return the id of the special token that hides others; None: the tokenizer has none."""
     special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]

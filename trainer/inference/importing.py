@@ -25,6 +25,7 @@ from forescale.data.tokenizer import (
     Vocabulary,
     declared_ends,
     declaring_files,
+    framing,
     given_tokenizer,
     mask_id,
     vocabulary_of,
@@ -45,8 +46,8 @@ from forescale.run.identity import code_and_id
 from forescale.run.start import versions, with_its_config
 
 _LONGEST = 1 << 15  # tokens, of a class without positions; any number would do
-# Keys of config.json, of ids with which an answer may begin.
-_BEGINNINGS = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+# Keys of config.json, of ids that may stand between a source and its answer.
+_BEGINNINGS = ("decoder_start_token_id", "pad_token_id", "bos_token_id")
 _LONGEST_SOURCE = 512  # of T5's kin
 
 
@@ -273,9 +274,12 @@ def _job(
         if (mask := mask_id(vocabulary.load())) is not None:
             words += [f"objective.mask_token={mask}"]
     if imported.reads == "source":
-        ids = [directory.config.get(key) for key in _BEGINNINGS]
-        first = next((i for i in ids if type(i) is int and i != vocabulary.end), 0)
-        words += ["objective=pairs", f"objective.separator='{first}'"]
+        tokenizer = vocabulary.load()
+        before, behind = framing(tokenizer)
+        ids = [directory.config.get(key) for key in _BEGINNINGS] + [*range(vocabulary.size)]
+        around = {*before, *behind, vocabulary.end}
+        first = next(i for i in ids if type(i) is int and i not in around)
+        words += ["objective=pairs", f"objective.separator='{first}'", "objective.framed=true"]
     job = compose(TrainJob, words)
     train = replace(job.train, sequence_length=imported.longest)
     return replace(job, model=imported.model, train=train)

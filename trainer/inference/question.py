@@ -20,7 +20,7 @@ from forescale.data.conversations.template import ChatTemplate, Message, chat_id
 from forescale.data.objectives.pairs import Pairs, separator_id, shown_separator
 from forescale.data.objectives.prefix import Prefix
 from forescale.data.objectives.spans import Spans
-from forescale.data.tokenizer import text_ids
+from forescale.data.tokenizer import framing, text_ids
 from forescale.ground.errors import UserError
 from forescale.inference.view import RunView
 from forescale.models.config import ModelConfig
@@ -72,16 +72,9 @@ def question_of(view: RunView, text: str) -> Question:
     end = identity["end_of_text"]
     if config.continues_text:
         ids = prompt_ids(view.tokenizer, text, end)
-        if view.run.is_import:
-            # What a tokenizer puts before each text, such as Llama's token of the beginning:
-            # imported weights were trained on texts that begin with it.
-            plain, whole = (
-                view.tokenizer.encode("a", add_special_tokens=framed).ids
-                for framed in (False, True)
-            )
-            at = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-            if first := whole[: next(at, 0)]:
-                ids = first + text_ids(view.tokenizer, text)
+        # Imported weights were trained on texts that begin so.
+        if view.run.is_import and (first := framing(view.tokenizer)[0]):
+            ids = first + text_ids(view.tokenizer, text)
         most = config.train.sequence_length
         return Question(text, text, ids, ids, end, "document", most, other_ends=view.ends)
     if not config.objective.source_kind:
@@ -98,8 +91,6 @@ def question_of(view: RunView, text: str) -> Question:
         problem = f"is your own class {target}, of which only you know how it reads a source"
         raise UserError("model._target_", problem, f"call forescale.open_run({view.name!r})")
     objective = objective_of(config, identity["vocab_size"])
-    if view.run.is_import and isinstance(objective, Pairs):
-        return _of_import(view, text, objective)
     if isinstance(objective, Prefix):
         return _of_start(view, text, objective, has_source)
     if isinstance(objective, Pairs):
@@ -167,53 +158,38 @@ def _of_pair(view: RunView, text: str, pairs: Pairs, has_encoder: bool) -> Quest
     end = view.identity["dataset"]["end_of_text"]
     separator = separator_id(view.tokenizer, pairs.separator, end)
     source = text_ids(view.tokenizer, text)
-    _check_length(source, pairs.split)
     if not source:
         raise UserError("prompt", "is empty, and no source of training is", "give a text")
+    if pairs.framed:
+        before, behind = framing(view.tokenizer)
+        source = [*before, *source, *behind]
+    _check_length(source, pairs.split)
     if separator in source:
         problem = (
             f"holds the separator {shown_separator(pairs.separator)}, with which a source ends"
         )
         raise UserError("prompt", problem, "take it out")
+    start = (_declared_start(view) if view.run.is_import else []) or [separator]
     return Question(
         prompt=text,
         echo="",
-        start=[separator] if has_encoder else [*source, separator],
+        start=start if has_encoder else [*source, separator],
         previous=[separator],
         end=end,
         unit="answer",
         max_context=pairs.columns,
         source=source if has_encoder else None,
         max_tokens=pairs.columns - pairs.split,
-    )
-
-
-def _of_import(view: RunView, text: str, pairs: Pairs) -> Question:
-    """Return a text as imported weights read a source: with the tokens that their tokenizer puts
-    around a text, and the first ids of an answer that their config declares."""
-    declared = view.run.read_imported()
-    config = declared.get("config.json", {}) | declared.get("generation_config.json", {})
-    first = config.get("decoder_start_token_id")
-    start = [int(str(pairs.separator)) if first is None else first]
-    if (forced := config.get("forced_bos_token_id")) is not None:
-        start.append(forced)
-    source = view.tokenizer.encode(text).ids
-    _check_length(source, pairs.split)
-    if not source:
-        raise UserError("prompt", "is empty, and the model answers a text", "give a text")
-    end, most = view.identity["dataset"]["end_of_text"], pairs.columns - pairs.split
-    return Question(
-        prompt=text,
-        echo="",
-        start=start,
-        previous=start,
-        end=end,
-        unit="answer",
-        max_context=pairs.columns,
-        source=source,
-        max_tokens=most,
         other_ends=view.ends,
     )
+
+
+def _declared_start(view: RunView) -> list[int]:
+    """Return the ids with which an answer of imported weights begins, as their files declare."""
+    files = view.run.read_imported()
+    config = files.get("config.json", {}) | files.get("generation_config.json", {})
+    ids = [config.get("decoder_start_token_id"), config.get("forced_bos_token_id")]
+    return [i for i in ids if type(i) is int]
 
 
 def _check_length(source: list[int], most: int) -> None:

@@ -16,7 +16,12 @@ from forescale.config.duration import Duration
 from forescale.config.schema import TargetConfig, plain
 from forescale.config.sections.data import ONLY, DataConfig
 from forescale.config.sections.lora import LoraConfig
-from forescale.config.sections.objective import PreferencesConfig, ResponsesConfig
+from forescale.config.sections.objective import (
+    ObjectiveConfig,
+    PairsConfig,
+    PreferencesConfig,
+    ResponsesConfig,
+)
 from forescale.config.sections.optimizer import AdamWConfig, OptimizerConfig
 from forescale.config.sections.runtime import LaunchConfig, ProfileConfig
 from forescale.config.sections.schedule import CosineConfig
@@ -25,7 +30,8 @@ from forescale.config.target import is_any_class
 from forescale.config.train import TrainJob
 from forescale.data.conversations.template import PLAIN, ChatTemplate
 from forescale.data.dataset import Dataset, Sources
-from forescale.data.tokenizer import Vocabulary
+from forescale.data.objectives.pairs import separator_id
+from forescale.data.tokenizer import Vocabulary, framing
 from forescale.ground.errors import UserError
 from forescale.ground.foreign import parse_json, read_text
 from forescale.ground.storage import read_typed
@@ -65,16 +71,38 @@ _OPEN = 10**9  # steps of a run before its examples are counted: no key may be b
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
-def expect_decoder(name: str, config: TrainJob) -> None:
-    """Raise UserError if the model of the run `name` has an encoder, which reads no examples."""
-    model, both = config.model, config.objective.sees_both_sides
-    has_both = is_any_class(model) and has_encoder(model.arguments["config"])
-    if both or has_both or getattr(model, "encoder_layers", 0):
-        has = "is an encoder" if both else "has an encoder and a decoder"
-        objective = "masked" if both else "pairs"
-        todo = f"write forescale train NAME run.from.run={name} run.from.load=weights "
-        todo += f"objective={objective} data=dataset data.path=DIR"
-        raise UserError("finetune", f"{name} {has}, and examples are rows of a decoder", todo)
+def expect_writer(name: str, config: TrainJob, are_preferences: bool) -> None:
+    """Raise UserError if the model of the run `name` can't learn to write responses, or to prefer
+    some: it is an encoder; or it has one, and was trained on other rows than pairs."""
+    model, objective = config.model, config.objective
+    if objective.sees_both_sides:
+        problem, todo = "is an encoder, and writes no responses", "objective=masked"
+    elif not (_has_encoder(model) and (are_preferences or objective.kind != "pairs")):
+        return
+    elif are_preferences:
+        problem, todo = "has an encoder, and preferences are rows of a decoder", "objective=pairs"
+    else:
+        problem, todo = f"was trained with objective={objective.kind}", "objective=pairs"
+        todo += r" objective.separator='\t'"
+    todo = f"train NAME run.from.run={name} run.from.load=weights {todo} data=dataset data.path=DIR"
+    raise UserError("finetune", f"{name} {problem}", f"write forescale {todo}")
+
+
+def _has_encoder(model: Any) -> bool:
+    if is_any_class(model):
+        return has_encoder(model.arguments["config"])
+    return bool(getattr(model, "encoder_layers", 0))
+
+
+def around_source(job: TrainJob, vocabulary: Vocabulary) -> tuple[list[int], list[int]] | None:
+    """Return the ids before and behind the source of a pair, with its separator; None for a job
+    whose rows are one text."""
+    if not isinstance(job.objective, PairsConfig):
+        return None
+    tokenizer = vocabulary.load()
+    before, behind = framing(tokenizer) if job.objective.framed else ([], [])
+    separator = separator_id(tokenizer, job.objective.separator or "", vocabulary.end)
+    return before, [*behind, separator]
 
 
 def first_config(
@@ -96,6 +124,8 @@ def first_config(
     if is_import or batch > most:
         batch, each = most, math.gcd(most, each)
     model = origin.model
+    if isinstance(model, ModelConfig):  # it follows from the rows
+        model = replace(model, source_length=None)
     if are_preferences:  # of which each is two rows
         each = each // 2 if each % 2 == 0 else each
         model = _without_dropout(model)
@@ -118,7 +148,7 @@ def first_config(
                 cache=origin.data.cache, workers=origin.data.workers, damaged=origin.data.damaged
             ),
             model=model,
-            objective=PreferencesConfig() if are_preferences else ResponsesConfig(),
+            objective=_objective(origin, are_preferences),
             lora=LoraConfig(),  # of FROM, adapters are merged
             optimizer=optimizer,
             schedule=CosineConfig(LATER_WARMUP if are_preferences else WARMUP),
@@ -130,6 +160,12 @@ def first_config(
             faults=[],
         )
     )
+
+
+def _objective(origin: TrainJob, are_preferences: bool) -> ObjectiveConfig:
+    if _has_encoder(origin.model) and isinstance(origin.objective, PairsConfig):
+        return replace(origin.objective, source=None)
+    return PreferencesConfig() if are_preferences else ResponsesConfig()
 
 
 def _without_dropout(model: Any) -> Any:

@@ -39,9 +39,10 @@ from forescale.run.finetune import (
     LATER_EPOCHS,
     LENGTH,
     UPDATES,
+    around_source,
     chat_template,
     default_epochs,
-    expect_decoder,
+    expect_writer,
     first_config,
     num_rows,
     smaller_batch,
@@ -118,21 +119,22 @@ def main(arguments: list[str]) -> int:
         todo = "write prepare_only=true without a launcher, then start forescale train NAME with it"
         raise UserError("finetune", "was started as a rank", todo)
     words, view = _named(arguments)
-    expect_decoder(view.name, view.config)
+    file = _typed(words, "file")
+    kind = _typed(words, "objective") or _typed(words, "objective.kind")
+    are_preferences = kind == "preferences" if kind else bool(file and has_preferences(file))
+    expect_writer(view.name, view.config, are_preferences)
 
     def base_config(directory: Path) -> dict[str, Any]:
         """Return the config under the command's keys: that of the run itself if it exists. The file
         of examples decides between responses and preferences, unless the objective is typed."""
-        run, file = Run(directory), _typed(words, "file")
+        run = Run(directory)
         if run.config.exists():
             return plain(thaw(TrainJob, run.config, trust=True))
-        kind = _typed(words, "objective") or _typed(words, "objective.kind")
-        are_preferences = kind == "preferences" if kind else bool(file and has_preferences(file))
         has_adapters = (_typed(words, "lora.rank") or "0") != "0"
         return first_config(view.config, view.run.is_import, are_preferences, has_adapters)
 
     job = compose(FinetuneJob, words, find=base_config)
-    if job.objective.kind not in ("responses", "preferences"):
+    if job.objective.kind not in ("responses", "preferences", "pairs"):
         problem = f"a fine-tuning learns responses or preferences, not {job.objective.kind}"
         raise UserError("objective", problem, "leave it out: the file of examples decides")
     is_new = not Run(job.run.directory).config.exists()
@@ -146,6 +148,7 @@ def main(arguments: list[str]) -> int:
         held_out=job.held_out,
         unusable=job.unusable,
         are_preferences=job.objective.are_preferences,
+        around=around_source(job, vocabulary),
     )
     with progress_display() as progress:
         cache = job.data.cache_directory
@@ -181,6 +184,7 @@ def _with_batch(
     if is_import and _typed(words, "train.sequence_length") is None:
         # Of its model, maybe 131,072. Examples have less than 2 ** n tokens, where n lengths count.
         enough = max(LENGTH, 2 ** len(dataset.manifest["report"]["lengths"]))
+        enough *= 1 + (job.objective.kind == "pairs")  # half of them for the source
         columns = min(job.train.sequence_length, enough)
         job = replace(job, train=replace(job.train, sequence_length=columns))
     if _typed(words, "train.global_batch") is None:
@@ -236,7 +240,8 @@ def _introduce(started: Start, dataset: Dataset, is_new: bool, file: str) -> Non
     left_out = dataset.manifest["report"]["left_out"]
     if sentence := faults_sentence(left_out, unit_of(file)):
         print(f"Note: {sentence}; they are left out.")
-    longest, columns = rows.facts["longest"], job.train.sequence_length
+    sides = [rows.facts.get(side, 0) for side in ("longest_source", "longest_target")]
+    longest, columns = rows.facts.get("longest", 2 * max(sides)), job.train.sequence_length
     if (enough := -(-longest // 64) * 64) * 2 <= columns and not is_packed:
         print(
             f"Note: the longest example has {longest:,} tokens, and a row {columns:,} columns; "

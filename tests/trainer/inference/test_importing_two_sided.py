@@ -10,6 +10,7 @@ from tokenizers.processors import TemplateProcessing
 
 from forescale import open_run
 from forescale.config.train import TrainJob
+from forescale.inference.question import question_of
 from forescale.models.hf.any_class import AnyModel
 from forescale.run.command import job_of
 from forescale.run.start import start
@@ -87,6 +88,33 @@ def test_it_answers_as_its_class_does(kind, folder_of, tmp_path, forescale):
     with torch.no_grad():
         logits = [m(x, decoder_input_ids=x).logits for m in (peer, back)]
     torch.testing.assert_close(*logits)
+
+
+def test_t5_learns_responses_as_transformers_computes_their_loss(folder_of, tmp_path, forescale):
+    """From a file of examples; the tuned run reads a prompt as it was trained."""
+    folder, peer = folder_of("t5")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    forescale.prints("import", "hf", folder, "it", f"run.root={tmp_path}")
+    rows = [{"prompt": text[:20], "completion": text[20:29]} for text in TEXT]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = [f"data={tmp_path / 'rows.jsonl'}", "run.name=tuned", f"run.root={tmp_path}"]
+    words += ["train.steps=1", "train.global_batch=3", "train.micro_batch=3", "held_out=0"]
+    words += ["train.sequence_length=256", "precision=fp32", "model.dropout=0"]
+    words += ["train.compile=off"]
+    forescale.prints("finetune", tmp_path / "it", *words)
+    tuned = open_run(tmp_path / "tuned")
+    nats = count = 0.0
+    for row in rows:
+        ids, labels = (tokenizer(text, return_tensors="pt").input_ids for text in row.values())
+        with torch.no_grad():
+            nats += peer(ids, labels=labels).loss.item() * labels.numel()
+        count += labels.numel()
+    assert tuned.metrics()["loss"].tolist() == pytest.approx([nats / count], rel=1e-5)
+    asked = question_of(tuned, "a box")
+    assert (asked.source, asked.start) == (tokenizer("a box").input_ids, [0])
+    (tmp_path / "two.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    refused = forescale.refuses("finetune", tmp_path / "it", f"data={tmp_path / 'two.jsonl'}")
+    assert "preferences are rows of a decoder" in refused
 
 
 def test_an_encoder_comes_in_with_its_mask_token(folder_of, tmp_path, forescale):

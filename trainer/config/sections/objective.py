@@ -141,6 +141,9 @@ class PairsConfig(ObjectiveConfig):
     separator: str | None = None
     # columns of the source; null: half of train.sequence_length
     source: int | None = key(None, ge=1)
+    # whether the sources of the data have the tokens that the tokenizer puts around a text, so that
+    # a prompt gets them too; set by import and finetune
+    framed: bool = False
 
     def problems(self) -> ProblemIterator:
         if not self.separator:

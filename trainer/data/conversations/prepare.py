@@ -91,13 +91,16 @@ class _Line(NamedTuple):
 @dataclass(frozen=True)
 class Reader:
     """Reads a file of examples, or of preferences. end: id of the token that ends a text; most:
-    tokens of the longest conversation that is allowed."""
+    tokens of the longest conversation that is allowed; around: ids before and behind the text that
+    precedes the last response, of pairs, of which the last is their separator; None: a conversation
+    is one text."""
 
     tokenizer: Tokenizer
     template: ChatTemplate
     end: int
     most: int
     are_preferences: bool = False
+    around: tuple[list[int], list[int]] | None = None
 
     def examples(self, path: str, faults: ReadingReport) -> Iterator[Example]:
         """Yield the examples of a file; add the other lines to `faults` with their numbers."""
@@ -117,8 +120,12 @@ class Reader:
                 for pieces in line.conversations:
                     parts = list(islice(encoded[line.has_special], len(pieces)))
                     tokens, are_learned = joined(pieces, parts, self.end, special)
-                    if self.are_preferences:  # the last response alone
+                    if self.are_preferences or self.around:  # the last response alone
                         before, _ = joined(pieces[:-1], parts[:-1], self.end, special)
+                        response = tokens[len(before) :]
+                        if self.around:
+                            before = [*self.around[0], *before, *self.around[1]]
+                        tokens = [*before, *response]
                         are_learned = [i >= len(before) for i in range(len(tokens))]
                     ids += tokens
                     learned += are_learned
@@ -242,6 +249,7 @@ class Request:
     held_out: float
     unusable: str
     are_preferences: bool = False
+    around: tuple[list[int], list[int]] | None = None  # see Reader
 
     def describe(self, path: str) -> dict[str, Any]:
         """Return it with a file, as stored in the manifest."""
@@ -257,6 +265,7 @@ class Request:
             "most": self.most,
             "held_out": self.held_out,
             "unusable": self.unusable,
+            **({"around": [*self.around]} if self.around else {}),
         }
 
 
@@ -300,7 +309,8 @@ def _build(
 ) -> None:
     vocabulary, template, faults = request.vocabulary, request.template, ReadingReport()
     are_preferences = request.are_preferences
-    reader = Reader(vocabulary.load(), template, vocabulary.end, request.most, are_preferences)
+    kind = (are_preferences, request.around)
+    reader = Reader(vocabulary.load(), template, vocabulary.end, request.most, *kind)
     examples: list[Example] = []
     for example in reader.examples(path, faults):
         examples.append(example._replace(ids=example.ids.astype(vocabulary.dtype)))

@@ -31,10 +31,17 @@ class Pairs:
     takes, is that of separator and target.
     """
 
-    def __init__(self, sequence_length: int, separator: str, source: int | None = None):
-        """separator: as in the config; source: columns for the source, default half of them. Raises
-        ValueError if no column is left for the target."""
-        self.columns, self.separator = sequence_length, separator
+    def __init__(
+        self,
+        sequence_length: int,
+        separator: str,
+        source: int | None = None,
+        framed: bool = False,
+    ):
+        """separator: as in the config; source: columns for the source, default half of them;
+        framed: sources have the tokens that the tokenizer puts around a text. Raises ValueError if
+        no column is left for the target."""
+        self.columns, self.separator, self.framed = sequence_length, separator, framed
         self.split = sequence_length // 2 if source is None else source
         if not 0 < self.split < sequence_length:
             raise ValueError(f"{sequence_length} columns are too few for a source and a target")
