@@ -50,7 +50,7 @@ _MAPPINGS = {
 
 def sees_both_sides(values: dict[str, Any]) -> bool:
     """Return True if the class of a config.json's content reads a text in both directions, and
-    writes none. Raises ValueError if the library knows no such class."""
+    writes none."""
     library, kind = transformers(), values.get("model_type")
     if has_encoder(json.dumps(values)) or kind not in library.CONFIG_MAPPING:
         return False

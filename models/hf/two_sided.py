@@ -48,7 +48,6 @@ _COPIES = re.compile(
     r"(en|de)coder\.embed_tokens\.weight|cls\.predictions\.decoder\.(weight|bias)"
     r"|bert\.embeddings\.position_ids|.*EncDecAttention\.relative_attention_bias\.weight"
 )
-# What BERT has for sentences.
 _OF_SENTENCES = re.compile(r"bert\.pooler\..*|cls\.seq_relationship\..*")
 
 
@@ -67,6 +66,7 @@ def to_hf(
 ) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
     """Return the content of config.json and the tensors by their names there, as hf.to_hf does."""
     c = config.resolved()
+    architecture(c)  # raises ValueError
     return (_t5_config if c.has_encoder else _bert_config)(c), _weights(c, state)
 
 
@@ -111,7 +111,12 @@ def usual_name(name: str, c: ModelConfig) -> str:
         name = re.sub("LayerNorm.gamma$", "LayerNorm.weight", name)  # of 2018
         name = re.sub("LayerNorm.beta$", "LayerNorm.bias", name)
     is_copy = _COPIES.fullmatch(name) or (name == "lm_head.weight" and c.tie_embeddings)
-    return "" if is_copy or _OF_SENTENCES.fullmatch(name) else name
+    return "" if is_copy or is_of_sentences(name) else name
+
+
+def is_of_sentences(name: str) -> bool:
+    """Return True for a tensor that BERT has for sentences, which our models leave out."""
+    return _OF_SENTENCES.fullmatch(name) is not None
 
 
 def config_from_hf(kind: str, hf: dict[str, Any], names: Collection[str]) -> ModelConfig:

@@ -73,13 +73,14 @@ class ImportedModel:
 @dataclass(frozen=True)
 class Imported:
     """A run that holds imported weights. parameters: their number; bytes: of the weights; reads:
-    see ImportedModel."""
+    see ImportedModel; left_out: names of tensors that the model has no use for."""
 
     run: Run
     architecture: str
     parameters: int
     bytes: int
     reads: Reads
+    left_out: list[str]
 
 
 def import_hf(
@@ -103,7 +104,8 @@ def import_hf(
     vocabulary = _vocabulary(directory, imported.vocab_size, tokenizer, end_of_text)
     job = _job(run, imported, directory, vocabulary)
     numbers, size = sum(p.data.numel() for p in parts), sum(p.data.nbytes for p in parts)
-    result = Imported(run, architecture, numbers, size, imported.reads)
+    left_out = [name for name in directory.tensors if two_sided.is_of_sentences(name)]
+    result = Imported(run, architecture, numbers, size, imported.reads, left_out)
     meter = Meter(progress, "import weights", size, "bytes")
     with new_run(run, job.run.mode) as new:
         write_weights(new, parts, lambda size: meter(size, 0))

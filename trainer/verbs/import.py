@@ -85,15 +85,18 @@ def main(arguments: list[str]) -> int:
         "bytes": imported.bytes,
     })  # fmt: skip
     writes, is_scored = imported.reads != "both sides", imported.reads != "source"
-    objective = {"text": "", "source": "objective=pairs ", "both sides": "objective=masked "}
+    objective = "objective=masked " * (imported.reads == "both sides")
+    train = f"train run.name=NEW run.from.run={run.path} run.from.load=weights {objective}"
+    train += "data=dataset data.path=DATA"
+    left_out = imported.left_out
     lines = [
         f"{imported.architecture} in {source} is the run {run.path} now: {imported.parameters:,} "
         f"parameters, {imported.bytes / 2**20:,.1f} MiB.\n",
+        *[f"Left out, as it serves whole sentences: {', '.join(left_out)}.\n"] * bool(left_out),
         f"Next (text becomes data with forescale shards TEXT tokenizer={run.tokenizer}):",
         *[f"  forescale generate {run.path} prompt=TEXT"] * writes,
         *[f"  forescale eval {run.path} data.path=DATA"] * is_scored,
-        f"  forescale train run.name=NEW run.from.run={run.path} run.from.load=weights "
-        f"{objective[imported.reads]}data=dataset data.path=DATA",
+        f"  forescale {train if is_scored else f'finetune {run.path} data=FILE.jsonl'}",
     ]
     print("\n".join(lines))
     return DONE

@@ -68,7 +68,7 @@ def test_it_answers_as_its_class_does(kind, folder_of, tmp_path, forescale):
     """With the tokens around a text, and the first of an answer; T5 is ours, BART its class."""
     folder, peer = folder_of(kind)
     out = forescale.prints("import", "hf", folder, "it", f"run.root={tmp_path}")
-    assert "objective=pairs" in out
+    assert "forescale finetune" in out
     assert "forescale eval" not in out
     run, tokenizer = tmp_path / "it", transformers.AutoTokenizer.from_pretrained(folder)
     assert isinstance(open_run(run).model(), AnyModel) == (kind == "bart")
