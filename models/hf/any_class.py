@@ -102,7 +102,7 @@ class AnyModel(nn.Module):
         self.split = split if known.is_encoder_decoder else 0
         longest = getattr(text, "max_position_embeddings", None)
         columns = max(self.split, sequence_length - self.split)
-        if longest and columns > longest:
+        if longest and 0 < longest < columns:  # XLNet has -1, for any number
             parts = f", {self.split:,} of them the source" if self.split else ""
             problem = f"reads {longest:,} tokens, and train.sequence_length is {sequence_length:,}"
             raise ValueError(f"{problem}{parts}; write train.sequence_length={longest} or less")

@@ -204,7 +204,7 @@ def _class_of(directory: HfDirectory, problem: str) -> ImportedModel:
         for n, w in weights.items()
     ]
     text = module.inner.config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None)
+    longest = max(0, getattr(text, "max_position_embeddings", None) or 0)  # XLNet has -1
     longest = longest or (_LONGEST_SOURCE if has_source else _LONGEST)
     longest = 2 * longest if has_source else longest
     reads: Reads = "source" if has_source else "both sides" if masked else "text"

@@ -107,6 +107,11 @@ def _examine_optimizer(config: OwnOptimizerConfig, is_cut: bool) -> None:
                 parts.append((p, build(config, [group])))
             except UserError as e:
                 raise e if len(shape) > 1 else UserError(where, "takes no vector", cut) from e
+            try:
+                inspect.signature(parts[-1][1].step).bind()
+            except TypeError as e:  # such as LBFGS, which computes the loss several times
+                todo = "name one whose step() takes no argument"
+                raise UserError(where, f"needs more than gradients: step() is {e}", todo) from None
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)

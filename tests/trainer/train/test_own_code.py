@@ -171,6 +171,7 @@ def test_a_class_that_can_not_train_is_one_sentence(job_with, name, message):
             r"updates parts of a weight otherwise than the whole; .* each element by itself",
         ),
         (["optimizer=own", "optimizer._target_=torch.optim.Muon"], "takes no vector; ZeRO cuts"),
+        (["optimizer=own", "optimizer._target_=torch.optim.LBFGS"], "argument: 'closure'; name"),
     ],
 )
 def test_misspelt_arguments_and_wrong_classes_are_found(job_with, overrides, message):
