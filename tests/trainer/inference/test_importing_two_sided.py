@@ -112,6 +112,8 @@ def test_t5_learns_responses_as_transformers_computes_their_loss(folder_of, tmp_
     assert tuned.metrics()["loss"].tolist() == pytest.approx([nats / count], rel=1e-5)
     asked = question_of(tuned, "a box")
     assert (asked.source, asked.start) == (tokenizer("a box").input_ids, [0])
+    words = [word.replace("tuned", "adapted") for word in words]
+    forescale.prints("finetune", tmp_path / "it", *words, "lora.rank=2", "prepare_only=true")
     (tmp_path / "two.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     refused = forescale.refuses("finetune", tmp_path / "it", f"data={tmp_path / 'two.jsonl'}")
     assert "preferences are rows of a decoder" in refused

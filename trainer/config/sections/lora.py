@@ -3,7 +3,7 @@
 Invariant: imports no torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from forescale.config.job import ProblemIterator
@@ -106,6 +106,8 @@ def problems(job: "TrainJob") -> ProblemIterator:
         return
     if model.problems(sequence_length=length):
         return
+    if model.has_encoder and model.source_length is None:  # of which no matrix's size depends
+        model = replace(model, source_length=max(1, length // 2))
     resolved = model.resolved(model.vocab_size or 1 << 16, length)
     names, most = candidates(resolved), largest_rank(resolved, lora.targets)
     if 0 < most < lora.rank:
