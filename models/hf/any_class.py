@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forescale.models.hf.loading import auto_class, build, config_of
+from forescale.models.hf.loading import auto_class, build, config_of, transformers
 from forescale.models.positions.position import document_starts, positions_of
 
 IGNORED = -100
@@ -66,6 +66,13 @@ class Past:
             self.states = None
 
 
+def _declared_length(text: Any) -> int | None:
+    """Return the most tokens that a config of transformers declares; None: any number."""
+    keys = [f"max_{half}position_embeddings" for half in ("", "encoder_", "decoder_")]
+    lengths = [getattr(text, key, None) or 0 for key in keys]
+    return min((length for length in lengths if length > 0), default=None)
+
+
 class AnyModel(nn.Module):
     """The class of transformers that the text of a config.json names.
 
@@ -100,12 +107,7 @@ class AnyModel(nn.Module):
         known = config_of(json.loads(config), masked, split > 0)
         text = known.get_text_config()
         self.split = split if known.is_encoder_decoder else 0
-        longest = getattr(text, "max_position_embeddings", None)
-        columns = max(self.split, sequence_length - self.split)
-        if longest and 0 < longest < columns:  # XLNet has -1, for any number
-            parts = f", {self.split:,} of them the source" if self.split else ""
-            problem = f"reads {longest:,} tokens, and train.sequence_length is {sequence_length:,}"
-            raise ValueError(f"{problem}{parts}; write train.sequence_length={longest} or less")
+        self._expect_columns(_declared_length(text))  # before a large model is built
         reads = weights and draws and not torch.empty(0).is_meta
         lacks_ids = text.vocab_size < vocab_size
         if lacks_ids and not reads:
@@ -114,6 +116,7 @@ class AnyModel(nn.Module):
         self.inner = build(auto_class(config, masked), known, name if reads else None).train()
         if lacks_ids and reads:
             self.inner.resize_token_embeddings(vocab_size)
+        self._expect_columns(self.longest)
         for table in self.tables():
             table.padding_idx = None
             if table.num_embeddings < vocab_size:
@@ -258,6 +261,28 @@ class AnyModel(nn.Module):
             module._buffers[key] = old.to(module._buffers[key].device)  # type: ignore[union-attr]
         return result
 
+    @property
+    def longest(self) -> int | None:
+        """The most tokens of a row, or of a source and of an answer; None: any number.
+
+        RoBERTa's kin count positions from behind the padding id, so that their tables have more
+        entries than a row has tokens. XLNet declares -1, for any number; LED a length for each
+        half.
+        """
+        lengths = [_declared_length(self.inner.config.get_text_config()) or 0]
+        for name, module in self.inner.named_modules():
+            behind = getattr(module, "padding_idx", None)
+            if name.endswith("position_embeddings") and isinstance(behind, int):
+                lengths.append(getattr(module, "num_embeddings", 0) - behind - 1)
+        return min((length for length in lengths if length > 0), default=None)
+
+    def _expect_columns(self, longest: int | None) -> None:
+        split, length = self.split, self.sequence_length
+        if longest and longest < max(split, length - split):
+            parts = f", {split:,} of them the source" if split else ""
+            problem = f"reads {longest:,} tokens, and train.sequence_length is {length:,}"
+            raise ValueError(f"{problem}{parts}; write train.sequence_length={longest} or less")
+
     def _continued(self, tokens_BL: Tensor, past: Past, options: dict[str, Any]) -> Tensor:
         """Return the logits of the last tokens of a past."""
         if self.split and past.source is None:
@@ -265,7 +290,10 @@ class AnyModel(nn.Module):
         unread: Any = past.tokens_BS if past.states is None else tokens_BL
         options |= {"decoder_input_ids" if self.split else "input_ids": unread}
         if past.source is not None:
-            options["encoder_outputs"] = (past.source,)
+            # Some classes read its first, others a field, such as that of routers.
+            options["encoder_outputs"] = transformers().modeling_outputs.MoEModelOutput(
+                last_hidden_state=past.source
+            )
             options["attention_mask"] = past.source_real_BS
         if past.real_BS is not None:
             options |= self._padded(past.real_BS, unread.shape[1])

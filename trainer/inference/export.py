@@ -199,7 +199,9 @@ def _start_of_answers(view: RunView) -> dict[str, Any]:
         has_source = isinstance(model, ModelConfig) and model.has_encoder
     if text is None or not has_source:
         return {}
-    return {"decoder_start_token_id": question_of(view, text).start[0]}
+    start = question_of(view, text).start
+    # Imported weights may begin with two; others begin with one, whatever their origin did.
+    return {"decoder_start_token_id": start[0], "forced_bos_token_id": next(iter(start[1:]), None)}
 
 
 @contextmanager
@@ -348,7 +350,10 @@ def _small_files(view: RunView, config: dict[str, Any]) -> dict[str, Any]:
     # In training the end-of-text token precedes every document, so it is the bos token here.
     taught = view.ends if len(view.ends) > 1 else end
     ends = {"bos_token_id": end, "eos_token_id": taught}
-    start = {k: v for k, v in config.items() if k == "decoder_start_token_id" and v is not None}
+    keys = ("decoder_start_token_id", "forced_bos_token_id")
+    start = {key: config[key] for key in keys if key in config}
+    if start:  # with which transformers fills labels up
+        ends["pad_token_id"] = end
     files: dict[str, Any] = {
         CONFIG: config | ends,
         "generation_config.json": ends | {"pad_token_id": end} | start,
@@ -369,12 +374,16 @@ def _small_files(view: RunView, config: dict[str, Any]) -> dict[str, Any]:
         return files
     imported = view.run.read_imported()
     before = imported[CONFIG]
-    if before.get("model_type") != config["model_type"]:
+    kinds = (before.get("model_type"), config["model_type"])
+    if kinds[0] != kinds[1] and kinds != ("mt5", "t5"):  # of which one class computes both
         return files
     settings = {key: value for key, value in before.items() if key not in _OF_THEIR_FILES}
     sizes = {key: value for key, value in config.items() if key not in _SPECIAL}
     if template:
         imported[_TEMPLATE] = template
+    if start:
+        generation = imported.get("generation_config.json", files["generation_config.json"])
+        imported["generation_config.json"] = generation | start
     declared = declared_ends(view.tokenizer, imported)
     if {*view.ends} > {*declared}:  # others were taught
         settings["eos_token_id"] = taught

@@ -204,8 +204,7 @@ def _class_of(directory: HfDirectory, problem: str) -> ImportedModel:
         for n, w in weights.items()
     ]
     text = module.inner.config.get_text_config()
-    longest = max(0, getattr(text, "max_position_embeddings", None) or 0)  # XLNet has -1
-    longest = longest or (_LONGEST_SOURCE if has_source else _LONGEST)
+    longest = module.longest or (_LONGEST_SOURCE if has_source else _LONGEST)
     longest = 2 * longest if has_source else longest
     reads: Reads = "source" if has_source else "both sides" if masked else "text"
     name = type(module.inner).__name__
@@ -280,7 +279,8 @@ def _job(
         before, behind = framing(tokenizer)
         ids = [directory.config.get(key) for key in _BEGINNINGS] + [*range(vocabulary.size)]
         around = {*before, *behind, vocabulary.end}
-        first = next(i for i in ids if type(i) is int and i not in around)
+        known = [i for i in ids if type(i) is int and 0 <= i < vocabulary.size]
+        first = next(i for i in known if i not in around)
         words += ["objective=pairs", f"objective.separator='{first}'", "objective.framed=true"]
     job = compose(TrainJob, words)
     train = replace(job.train, sequence_length=imported.longest)

@@ -189,7 +189,9 @@ def _declared_start(view: RunView) -> list[int]:
     files = view.run.read_imported()
     config = files.get("config.json", {}) | files.get("generation_config.json", {})
     ids = [config.get("decoder_start_token_id"), config.get("forced_bos_token_id")]
-    return [i for i in ids if type(i) is int]
+    size = view.identity["dataset"]["vocab_size"]
+    start, *forced = [i if type(i) is int and 0 <= i < size else None for i in ids]
+    return [] if start is None else [start, *(i for i in forced if i is not None)]
 
 
 def _check_length(source: list[int], most: int) -> None:

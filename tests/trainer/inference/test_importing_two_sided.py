@@ -90,6 +90,40 @@ def test_it_answers_as_its_class_does(kind, folder_of, tmp_path, forescale):
     torch.testing.assert_close(*logits)
 
 
+def test_what_bart_learned_begins_as_in_training_in_its_export_too(folder_of, tmp_path, forescale):
+    """Its own files would begin an answer with the end of a text, and a forced token."""
+    folder, _ = folder_of("bart")
+    forescale.prints("import", "hf", folder, "it", f"run.root={tmp_path}")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "the fox", "completion": "a box"}\n' * 4)
+    words = [f"data={tmp_path / 'rows.jsonl'}", "run.name=tuned", f"run.root={tmp_path}"]
+    words += ["train.steps=2", "train.global_batch=4", "train.micro_batch=4", "held_out=0"]
+    words += ["optimizer.learning_rate=0.05", "train.sequence_length=32", "train.compile=off"]
+    forescale.prints("finetune", tmp_path / "it", *words)
+    forescale.prints("export", tmp_path / "tuned", f"to={tmp_path / 'hf'}")
+    options = ("temperature=0", "num_tokens=6", "--json")
+    answer = forescale.prints("generate", tmp_path / "tuned", "prompt=the fox", *options)
+    back = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "hf").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ids = tokenizer("the fox", return_tensors="pt").input_ids
+    written = tokenizer.decode(back.generate(ids, max_new_tokens=6)[0], skip_special_tokens=True)
+    assert json.loads(answer)["text"].strip() == written.strip() != ""
+    assert back.generation_config.decoder_start_token_id == 0
+
+
+@pytest.mark.parametrize("kind", ["RobertaForMaskedLM", "LEDForConditionalGeneration"])
+def test_a_row_is_no_longer_than_the_table_of_positions(kind):
+    cls = getattr(transformers, kind)
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    longest = dict(max_position_embeddings=26)
+    if kind.startswith("LED"):
+        sizes = dict(d_model=32, encoder_layers=1, decoder_layers=1, attention_window=8)
+        sizes |= dict(encoder_attention_heads=2, decoder_attention_heads=2)
+        longest = dict(max_encoder_position_embeddings=24, max_decoder_position_embeddings=99)
+    config = cls.config_class(vocab_size=50, **sizes, **longest).to_json_string()
+    rows = dict(masked=kind.startswith("R"), split=0 if kind.startswith("R") else 1)
+    assert AnyModel(config, vocab_size=50, sequence_length=2, **rows).longest == 24
+
+
 def test_t5_learns_responses_as_transformers_computes_their_loss(folder_of, tmp_path, forescale):
     """From a file of examples; the tuned run reads a prompt as it was trained."""
     folder, peer = folder_of("t5")
