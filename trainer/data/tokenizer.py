@@ -3,7 +3,8 @@ token.
 
 Invariant: tokenizers made here are lossless and depend only on the text; `token_bytes` is exact for
 them and for lossless ones, so that bits per byte computed with it are comparable between these
-vocabularies, and with no other: WordPiece counts a space before each mark, some 10 % too many bytes.
+vocabularies, and with no other: WordPiece counts a space before each mark, some 10 % too many
+bytes.
 """
 
 import json
@@ -228,9 +229,9 @@ def token_bytes(tokenizer: Tokenizer, where: str = "tokenizer") -> np.ndarray:
     tokens.
 
     Exact for byte-level vocabularies, and for SentencePiece's with byte fallback except for the
-    space that they add before a text. Of others, such as BERT's and T5's, about the bytes of what an
-    id is decoded to: they change the text first (its case, accents, spaces). Raises UserError for
-    kinds whose tokens have no fixed bytes.
+    space that they add before a text. Of others, such as BERT's and T5's, about the bytes of what
+    an id is decoded to: they change the text first (its case, accents, spaces). Raises UserError
+    for kinds whose tokens have no fixed bytes.
     """
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     added = tokenizer.get_added_tokens_decoder()
