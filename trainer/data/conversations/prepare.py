@@ -116,7 +116,7 @@ class Reader:
             for line in batch:
                 ids: list[int] = []
                 learned: list[bool] = []
-                longest = 0
+                longest, reason = 0, ""
                 for pieces in line.conversations:
                     parts = list(islice(encoded[line.has_special], len(pieces)))
                     tokens, are_learned = joined(pieces, parts, self.end, special)
@@ -124,13 +124,17 @@ class Reader:
                         before, _ = joined(pieces[:-1], parts[:-1], self.end, special)
                         response = tokens[len(before) :]
                         if self.around:
+                            if self.around[1][-1] in before:
+                                reason = "whose prompt holds the separator of pairs"
                             before = [*self.around[0], *before, *self.around[1]]
                         tokens = [*before, *response]
                         are_learned = [i >= len(before) for i in range(len(tokens))]
                     ids += tokens
                     learned += are_learned
                     longest = max(longest, len(tokens))
-                if longest > self.most:
+                if reason:
+                    faults.add(reason, f"{line.number:,}")
+                elif longest > self.most:
                     reason = f"longer than the {self.most:,} tokens of a row"
                     faults.add(reason, f"{line.number:,}, of {longest:,} tokens")
                 else:

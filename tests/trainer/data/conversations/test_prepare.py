@@ -11,10 +11,13 @@ import pytest
 from forescale.data.check import check
 from forescale.data.conversations import prepare
 from forescale.data.conversations.prepare import (
+    Reader,
     faults_sentence,
     has_preferences,
     prepare_conversations,
 )
+from forescale.data.text.documents import ReadingReport
+from forescale.data.tokenizer import byte_tokenizer
 from forescale.ground.errors import UserError
 from tests.preferences import make_preferences, message, preferences
 from tests.questions import make_conversations, plain_template, request_of, rows, write_rows
@@ -79,6 +82,19 @@ def test_equal_examples_are_in_one_split(tmp_path):
 def test_an_empty_prompt_is_the_token_that_precedes_a_text(tmp_path):
     dataset = make_conversations(tmp_path, [{"prompt": "", "response": "b"}], held_out=0)
     assert texts(dataset, "train") == [(b"$b$", b"b$")]
+
+
+def test_a_prompt_with_the_separator_of_pairs_is_a_fault(tmp_path):
+    """It would be cut there. The ids around a source stand around every other prompt."""
+    file, faults = tmp_path / "rows.jsonl", ReadingReport()
+    file.write_text('{"prompt": "a\\tb", "response": "c"}\n{"prompt": "ab", "response": "c\\td"}\n')
+    tokenizer, template = byte_tokenizer(), plain_template()
+    around = ([1, 2], [3, ord("\t")])
+    reader = Reader(tokenizer, template, 256, most=50, around=around)
+    (example,) = reader.examples(str(file), faults)
+    assert example.ids.tolist() == [1, 2, *b"ab", 3, *b"\t", *b"c\td", 256]
+    assert example.learned.tolist() == [False] * 6 + [True] * 4
+    assert faults.as_dict()["whose prompt holds the separator of pairs"]["count"] == 1
 
 
 def test_what_is_no_example_is_named_by_line_and_stops(tmp_path):
