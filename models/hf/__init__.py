@@ -2,7 +2,8 @@
 decoders, and two_sided.py has those of BERT and T5.
 
 It works on plain dicts and does not import transformers. An export that is imported again has the
-same weights, bit for bit, and the same architecture. Lost are the fields of training (z_loss,
+same weights, bit for bit, and the same architecture, but for T5's tied head, which comes back as a
+matrix of its own. Lost are the fields of training (z_loss,
 mtp_layers, loss_chunk, activation_checkpointing, init_std; dropout, except for GPT-2); ntk comes
 back as the larger rope_theta that it is. config.json has no place for the multipliers of mup and
 completep, so they go into the weights (parametrization.folds): the imported model is `standard`,

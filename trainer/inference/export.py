@@ -33,9 +33,9 @@ from forescale.models.adapters import is_adapter
 from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
 from forescale.models.hf import FAMILIES, family_of, to_hf, two_sided
-from forescale.models.hf.loading import auto_class, class_name, has_encoder
+from forescale.models.hf.loading import auto_class, class_name
 from forescale.models.hf.peft_weights import adapters_of_class, adapters_to_hf
-from forescale.run.feed import objective_of
+from forescale.run.feed import objective_of, reads_source
 from forescale.run.finetune import kept_template
 
 # Keys of an imported config.json that don't hold for the exported files.
@@ -191,13 +191,9 @@ def _export_class(
 def _start_of_answers(view: RunView) -> dict[str, Any]:
     """Return the key for what the decoder of an encoder-decoder begins with, if all its rows began
     so in training."""
-    texts, model = {"gaps": "<extra_id_0>", "prompt": "a"}, view.config.model
+    texts = {"gaps": "<extra_id_0>", "prompt": "a"}
     text = texts.get(view.config.objective.source_kind)
-    if is_any_class(model):
-        has_source = has_encoder(model.arguments["config"])
-    else:
-        has_source = isinstance(model, ModelConfig) and model.has_encoder
-    if text is None or not has_source:
+    if text is None or not reads_source(view.config.model):
         return {}
     start = question_of(view, text).start
     # Imported weights may begin with two; others begin with one, whatever their origin did.
@@ -314,7 +310,8 @@ def _added(view: RunView) -> list[str]:
     if tokenizer.get_vocab_size() != known:  # a name would get another id
         return []
     if view.config.objective.sees_both_sides:
-        return [] if _mask(view) != _MASK or tokenizer.token_to_id(_MASK) is not None else [_MASK]
+        has_mask = _mask_token(view) is not None or tokenizer.token_to_id(_MASK) is not None
+        return [] if has_mask else [_MASK]
     if view.config.objective.source_kind != "gaps":
         return []
     spans = objective_of(view.config, known)
@@ -322,11 +319,10 @@ def _added(view: RunView) -> list[str]:
     return [f"<extra_id_{i}>" for i in range(spans.extra_ids)]
 
 
-def _mask(view: RunView) -> str:
-    """Return the name of the mask token of a run of objective=masked, "" of another."""
-    token = getattr(view.config.objective, "mask_token", None)
-    name = view.tokenizer.id_to_token(token) if token is not None else None
-    return name or (_MASK if view.config.objective.kind == "masked" else "")
+def _mask_token(view: RunView) -> int | None:
+    """Return the id of the tokenizer that masks have; None: an id behind it, or no masks."""
+    token: int | None = getattr(view.config.objective, "mask_token", None)
+    return token
 
 
 def _tokenizer(view: RunView) -> bytes:
@@ -366,8 +362,10 @@ def _small_files(view: RunView, config: dict[str, Any]) -> dict[str, Any]:
             "model_max_length": view.config.train.sequence_length,
         },
     }
-    if mask := _mask(view):
-        files["tokenizer_config.json"]["mask_token"] = mask
+    if (token := _mask_token(view)) is not None:
+        files["tokenizer_config.json"]["mask_token"] = view.tokenizer.id_to_token(token)
+    elif _MASK in _added(view):
+        files["tokenizer_config.json"]["mask_token"] = _MASK
     if template := kept_template(view.run):
         files[_TEMPLATE] = template
     if not view.run.imported.is_file():

@@ -24,8 +24,7 @@ from forescale.data.tokenizer import framing, text_ids
 from forescale.ground.errors import UserError
 from forescale.inference.view import RunView
 from forescale.models.config import ModelConfig
-from forescale.models.hf.loading import has_encoder
-from forescale.run.feed import objective_of
+from forescale.run.feed import objective_of, reads_source
 
 _SENTINEL = re.compile("<extra_id_([0-9]{1,9})>")
 
@@ -82,14 +81,11 @@ def question_of(view: RunView, text: str) -> Question:
         raise UserError(
             view.name, problem, "score it with `forescale eval`, or name a causal model"
         )
-    if is_any_class(config.model):
-        has_source = has_encoder(config.model.arguments["config"])
-    elif isinstance(config.model, ModelConfig):
-        has_source = config.model.has_encoder
-    else:
+    if not (is_any_class(config.model) or isinstance(config.model, ModelConfig)):
         target = config.model.target
         problem = f"is your own class {target}, of which only you know how it reads a source"
         raise UserError("model._target_", problem, f"call forescale.open_run({view.name!r})")
+    has_source = reads_source(config.model)
     objective = objective_of(config, identity["vocab_size"])
     if isinstance(objective, Prefix):
         return _of_start(view, text, objective, has_source)

@@ -8,11 +8,12 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from forescale.config.sections.objective import PairsConfig
-from forescale.config.target import make
+from forescale.config.target import is_any_class, make
 from forescale.config.train import TrainJob
 from forescale.data.bin_kinds import (
     BinKind,
@@ -34,6 +35,7 @@ from forescale.ground.console import progress_display
 from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.fp8 import rows_refused, sizes_refused
+from forescale.models.hf.loading import has_encoder
 
 _MANY_EPOCHS = 4  # up to here repeated data is nearly as good as new (Muennighoff et al. 2023)
 
@@ -97,6 +99,14 @@ def objective_of(job: TrainJob, vocab_size: int, held_out: bool = False) -> Obje
         problem = "its class does not hide padding, which a model with model.causal=false would see"
         raise UserError("objective._target_", problem, "give the class a method padding_mask")
     return objective
+
+
+def reads_source(model: Any) -> bool:
+    """Return True if the model of a job has an encoder, which reads the source of a row, beside its
+    decoder; of a class of the user's own nobody knows."""
+    if is_any_class(model):
+        return has_encoder(model.arguments["config"])
+    return isinstance(model, ModelConfig) and model.has_encoder
 
 
 def vocabulary_of(job: TrainJob, vocab_size: int) -> int:

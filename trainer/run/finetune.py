@@ -36,9 +36,8 @@ from forescale.ground.errors import UserError
 from forescale.ground.foreign import parse_json, read_text
 from forescale.ground.storage import read_typed
 from forescale.models.config import ModelConfig
-from forescale.models.hf.loading import has_encoder
 from forescale.run.directory import Run
-from forescale.run.feed import whole_rows_of
+from forescale.run.feed import reads_source, whole_rows_of
 from forescale.run.stored import StoredChat
 
 # Alpaca (Taori et al. 2023, github.com/tatsu-lab/stanford_alpaca) fine-tuned LLaMA 7B, whose peak
@@ -77,7 +76,7 @@ def expect_writer(name: str, config: TrainJob, are_preferences: bool) -> None:
     model, objective = config.model, config.objective
     if objective.sees_both_sides:
         problem, todo = "is an encoder, and writes no responses", "objective=masked"
-    elif not (_has_encoder(model) and (are_preferences or objective.kind != "pairs")):
+    elif not (reads_source(model) and (are_preferences or objective.kind != "pairs")):
         return
     elif are_preferences:
         problem, todo = "has an encoder, and preferences are rows of a decoder", "objective=pairs"
@@ -86,12 +85,6 @@ def expect_writer(name: str, config: TrainJob, are_preferences: bool) -> None:
         todo += r" objective.separator='\t'"
     todo = f"train NAME run.from.run={name} run.from.load=weights {todo} data=dataset data.path=DIR"
     raise UserError("finetune", f"{name} {problem}", f"write forescale {todo}")
-
-
-def _has_encoder(model: Any) -> bool:
-    if is_any_class(model):
-        return has_encoder(model.arguments["config"])
-    return bool(getattr(model, "encoder_layers", 0))
 
 
 def around_source(job: TrainJob, vocabulary: Vocabulary) -> tuple[list[int], list[int]] | None:
@@ -163,7 +156,7 @@ def first_config(
 
 
 def _objective(origin: TrainJob, are_preferences: bool) -> ObjectiveConfig:
-    if _has_encoder(origin.model) and isinstance(origin.objective, PairsConfig):
+    if reads_source(origin.model) and isinstance(origin.objective, PairsConfig):
         return replace(origin.objective, source=None)
     return PreferencesConfig() if are_preferences else ResponsesConfig()
 

@@ -33,7 +33,7 @@ from forescale.inference.view import RunView, open_view
 from forescale.plan.oom import fits_here
 from forescale.resilience import launcher
 from forescale.run.directory import Run, is_hf
-from forescale.run.feed import whole_rows_of
+from forescale.run.feed import reads_source, whole_rows_of
 from forescale.run.finetune import (
     EPOCHS,
     LATER_EPOCHS,
@@ -134,8 +134,9 @@ def main(arguments: list[str]) -> int:
         return first_config(view.config, view.run.is_import, are_preferences, has_adapters)
 
     job = compose(FinetuneJob, words, find=base_config)
-    if job.objective.kind not in ("responses", "preferences", "pairs"):
-        problem = f"a fine-tuning learns responses or preferences, not {job.objective.kind}"
+    kinds = ("pairs",) if reads_source(view.config.model) else ("responses", "preferences")
+    if job.objective.kind not in kinds:
+        problem = f"a fine-tuning learns {' or '.join(kinds)}, not {job.objective.kind}"
         raise UserError("objective", problem, "leave it out: the file of examples decides")
     is_new = not Run(job.run.directory).config.exists()
     vocabulary = vocabulary_of_run(view.run)
