@@ -37,10 +37,10 @@ from forescale.inference.gguf_file import GgufFile
 from forescale.inference.hf_directory import HfDirectory
 from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
-from forescale.models.hf import two_sided
+from forescale.models.hf import FAMILIES, two_sided
 from forescale.models.hf.any_class import AnyModel
 from forescale.models.hf.loading import has_encoder, sees_both_sides
-from forescale.models.hf.pieces import KINDS, architecture_of, config_of, pieces_of
+from forescale.models.hf.pieces import architecture_of, config_of, pieces_of
 from forescale.run.directory import GGUF, Run, expect_free, new_run
 from forescale.run.identity import code_and_id
 from forescale.run.start import versions, with_its_config
@@ -166,7 +166,7 @@ def _imported(directory: HfDirectory | GgufFile) -> ImportedModel:
         where, problem = str(directory.config_path), str(e).rstrip(".")
         todo = "import another model; nothing was written"
         if isinstance(family, str) and isinstance(directory, HfDirectory):
-            if family not in KINDS:
+            if family not in FAMILIES:
                 return _class_of(directory, problem)
             folder = where.removesuffix("/config.json")
             todo = (

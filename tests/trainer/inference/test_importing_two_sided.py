@@ -75,8 +75,8 @@ def test_it_answers_as_its_class_does(kind, folder_of, tmp_path, forescale):
     text = "the quick box judges"
     ids = tokenizer(text, return_tensors="pt").input_ids
     assert ids[0, -1] == 1
-    written = peer.generate(ids, max_new_tokens=12, do_sample=False)[0]
-    expected = tokenizer.decode(written, skip_special_tokens=True)
+    output = peer.generate(ids, max_new_tokens=12, do_sample=False)[0]
+    expected = tokenizer.decode(output, skip_special_tokens=True)
     options = ("temperature=0", f"num_tokens={12 - (kind == 'bart')}", "--json")
     answer = json.loads(forescale.prints("generate", run, f"prompt={text}", *options))
     assert len(expected) > 3
@@ -105,9 +105,22 @@ def test_what_bart_learned_begins_as_in_training_in_its_export_too(folder_of, tm
     back = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "hf").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     ids = tokenizer("the fox", return_tensors="pt").input_ids
-    written = tokenizer.decode(back.generate(ids, max_new_tokens=6)[0], skip_special_tokens=True)
-    assert json.loads(answer)["text"].strip() == written.strip() != ""
+    expected = tokenizer.decode(back.generate(ids, max_new_tokens=6)[0], skip_special_tokens=True)
+    assert json.loads(answer)["text"].strip() == expected.strip() != ""
     assert back.generation_config.decoder_start_token_id == 0
+
+
+def test_a_bert_with_other_parts_is_its_class(folder_of, tmp_path, forescale):
+    folder, _ = folder_of("bert")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    forescale.prints("import", "hf", folder, "it", f"run.root={tmp_path}")
+    peer, x = (
+        transformers.AutoModelForMaskedLM.from_pretrained(folder).eval(),
+        torch.arange(9)[None],
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(open_run(tmp_path / "it").model()(x), peer(x).logits)
 
 
 @pytest.mark.parametrize("kind", ["RobertaForMaskedLM", "LEDForConditionalGeneration"])
@@ -144,8 +157,8 @@ def test_t5_learns_responses_as_transformers_computes_their_loss(folder_of, tmp_
             nats += peer(ids, labels=labels).loss.item() * labels.numel()
         count += labels.numel()
     assert tuned.metrics()["loss"].tolist() == pytest.approx([nats / count], rel=1e-5)
-    asked = question_of(tuned, "a box")
-    assert (asked.source, asked.start) == (tokenizer("a box").input_ids, [0])
+    question = question_of(tuned, "a box")
+    assert (question.source, question.start) == (tokenizer("a box").input_ids, [0])
     words = [word.replace("tuned", "adapted") for word in words]
     forescale.prints("finetune", tmp_path / "it", *words, "lora.rank=2", "prepare_only=true")
     (tmp_path / "two.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
