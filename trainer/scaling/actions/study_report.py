@@ -50,7 +50,7 @@ def main(job: StudyJob) -> int:
     task: TaskFit | str | None = None
     law: StudyFit | str
     try:
-        law = law_of(evidence.fitted, job, where)
+        law = law_of(evidence.records, job, where)  # with the sweeps, for its rates
         if not evidence.stages:
             law.predict()  # raises UserError; the page of a planned study shows the reason instead
     except UserError as e:

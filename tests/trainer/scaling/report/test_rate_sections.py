@@ -9,6 +9,7 @@ import pytest
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import TargetPoint
 from forescale.scaling.report.fit_sections import answer
+from forescale.scaling.study.inputs import read
 from tests.trainer.scaling.simulated_study import BEND, BEST, job, records
 
 
@@ -53,3 +54,18 @@ def test_the_critical_batch_is_that_of_the_sweeps_of_both(table):
 
     assert re.match(r"1\.1×104 tokens at D 5\.56", critical(1, 1.005, 1.015))
     assert critical(1.02, 1.01, 1).startswith("above those tried at D 5.56")
+
+
+def test_the_page_has_the_rate_of_the_terminal(table, tmp_path, forescale, monkeypatch):
+    """Of runs that no law is fitted to, too; a file of runs doesn't say which these are."""
+    table.to_csv(tmp_path / "runs.csv", index=False)
+    for action in ("fit", "report"):
+        module = f"forescale.scaling.actions.study_{action}"
+        marked = lambda job: (read(job)[0].assign(fitted=table["fitted"]), "runs")  # noqa: E731
+        monkeypatch.setattr(f"{module}.read", marked)
+    words = (tmp_path / "runs.csv", "target.flops=1e21", "bootstraps=100")
+    assert f"Learning rate: {BEST:g} (90%" in forescale.prints("study", "fit", *words)
+    forescale.prints("study", "report", *words, f"to={tmp_path / 'page.html'}")
+    page = re.sub("<[^>]*>", " ", (tmp_path / "page.html").read_text())
+    assert "no size was swept" not in page
+    assert re.search(rf"Learning rate\s+{BEST:g}", page)
