@@ -35,7 +35,6 @@ from forescale.ground.console import progress_display
 from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.fp8 import rows_refused, sizes_refused
-from forescale.models.hf.loading import has_encoder
 
 _MANY_EPOCHS = 4  # up to here repeated data is nearly as good as new (Muennighoff et al. 2023)
 
@@ -105,6 +104,8 @@ def reads_source(model: Any) -> bool:
     """Return True if the model of a job has an encoder, which reads the source of a row, beside its
     decoder; of a class of the user's own nobody knows."""
     if is_any_class(model):
+        from forescale.models.hf.loading import has_encoder  # its room imports torch, and plan none
+
         return has_encoder(model.arguments["config"])
     return isinstance(model, ModelConfig) and model.has_encoder
 
