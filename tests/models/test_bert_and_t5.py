@@ -150,7 +150,7 @@ def test_t5_writes_the_same():
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 SMALL_T5 = dict(d_model=32, d_kv=12, d_ff=48, num_layers=3, num_decoder_layers=2, num_heads=4)
 SMALL_T5 |= dict(relative_attention_num_buckets=8, relative_attention_max_distance=12)
-THEIRS = {
+PUBLISHED = {
     "bert": ("BertForPreTraining", SMALL | dict(max_position_embeddings=L)),
     "t5 v1.0": ("T5ForConditionalGeneration", SMALL_T5),
     "t5 v1.1": (
@@ -161,11 +161,11 @@ THEIRS = {
 }
 
 
-@pytest.fixture(params=THEIRS)
-def theirs(request):
+@pytest.fixture(params=PUBLISHED)
+def published(request):
     """A class of transformers with weights of its own, and its config as version 4 writes it."""
     transformers = pytest.importorskip("transformers")
-    name, sizes = THEIRS[request.param]
+    name, sizes = PUBLISHED[request.param]
     cls = getattr(transformers, name)
     torch.manual_seed(0)
     config = cls.config_class(vocab_size=V, attn_implementation="eager", **sizes)
@@ -181,9 +181,9 @@ def theirs(request):
     return request.param, peer, keys
 
 
-def test_others_come_in_as_ours(theirs):
+def test_others_come_in_as_ours(published):
     """BERT with what it has for sentences, and the names of 2018; versions 4 and 5 of configs."""
-    name, peer, keys = theirs
+    name, peer, keys = published
     state, x = peer.state_dict(), tokens(2, L)
     if name == "bert":
         old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
@@ -214,8 +214,8 @@ def test_others_come_in_as_ours(theirs):
     assert all(torch.equal(same[name], weights[name]) for name in weights)
 
 
-def test_variants_and_values_of_another_kind_are_refused(theirs):
-    name, _, keys = theirs
+def test_variants_and_values_of_another_kind_are_refused(published):
+    name, _, keys = published
     variants = [{"quantization_config": {}}]
     variants += [{"is_decoder": True}, {"hidden_act": "relu"}] if name == "bert" else []
     for change in variants:
@@ -227,8 +227,8 @@ def test_variants_and_values_of_another_kind_are_refused(theirs):
                 assert not config_of(keys | {key: value}).problems(), (key, value)
 
 
-def test_missing_weights_are_named(theirs):
-    _, peer, keys = theirs
+def test_missing_weights_are_named(published):
+    _, peer, keys = published
     state = {k: v for k, v in peer.state_dict().items() if "final_layer_norm" not in k}
     state.pop("bert.embeddings.token_type_embeddings.weight", None)
     with pytest.raises(ValueError, match=r"(final_layer_norm|token_type_embeddings)\S+ is missing"):

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,15 @@ def mask_id(tokenizer: Tokenizer) -> int | None:
     """Return the id of the special token that hides others; None: the tokenizer has none."""
     special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
     return next((tokenizer.token_to_id(name) for name in _MASKS if name in special), None)
+
+
+def sentinel_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of the special tokens <extra_id_0>, <extra_id_1>, ..., with which T5 marks
+    spans, in this order; none if the tokenizer has no such tokens."""
+    added = tokenizer.get_added_tokens_decoder().items()
+    known = {token.content: i for i, token in added if token.special}
+    names = takewhile(known.__contains__, (f"<extra_id_{i}>" for i in count()))
+    return [known[name] for name in names]
 
 
 def end_of_text(

@@ -20,7 +20,7 @@ from forescale.data.conversations.template import ChatTemplate, Message, chat_id
 from forescale.data.objectives.pairs import Pairs, separator_id, shown_separator
 from forescale.data.objectives.prefix import Prefix
 from forescale.data.objectives.spans import Spans
-from forescale.data.tokenizer import framing, text_ids
+from forescale.data.tokenizer import framing, sentinel_ids, text_ids
 from forescale.ground.errors import UserError
 from forescale.inference.view import RunView
 from forescale.models.config import ModelConfig
@@ -153,7 +153,9 @@ def _of_pair(view: RunView, text: str, pairs: Pairs, has_encoder: bool) -> Quest
     Raises UserError if no source of training is like it."""
     end = view.identity["dataset"]["end_of_text"]
     separator = separator_id(view.tokenizer, pairs.separator, end)
-    source = text_ids(view.tokenizer, text)
+    # Imported weights may know spans; the texts of training have no special tokens.
+    sentinels = sentinel_ids(view.tokenizer) if view.run.is_import else []
+    source = _ids_with(sentinels, view.tokenizer, text)
     if not source:
         raise UserError("prompt", "is empty, and no source of training is", "give a text")
     if pairs.framed:
@@ -176,8 +178,25 @@ def _of_pair(view: RunView, text: str, pairs: Pairs, has_encoder: bool) -> Quest
         max_context=pairs.columns,
         source=source if has_encoder else None,
         max_tokens=pairs.columns - pairs.split,
+        names=_names(sentinels),
         other_ends=view.ends,
     )
+
+
+def _ids_with(sentinels: Sequence[int], tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of a text in which <extra_id_0> stands for the first of these, and so on."""
+    ids = list[int]()
+    # Text and numbers of sentinels take turns.
+    for i, part in enumerate(_SENTINEL.split(text) if sentinels else [text]):
+        if i % 2 and int(part) < len(sentinels):
+            ids.append(sentinels[int(part)])
+        else:
+            ids += text_ids(tokenizer, f"<extra_id_{part}>" if i % 2 else part)
+    return ids
+
+
+def _names(sentinels: Sequence[int]) -> dict[int, str]:
+    return {token: f"<extra_id_{i}>" for i, token in enumerate(sentinels)}
 
 
 def _declared_start(view: RunView) -> list[int]:
@@ -200,10 +219,7 @@ def _check_length(source: list[int], most: int) -> None:
 def _of_gaps(view: RunView, text: str, spans: Spans, has_encoder: bool) -> Question:
     """Return a text that lacks spans, where it has sentinels; the answer ends with the sentinel
     after those. Raises UserError if it has others than in training, or is longer."""
-    size = spans.vocab_size
-    # Text and numbers of sentinels take turns.
-    text_or_number = _SENTINEL.split(text)
-    numbers, source = [int(n) for n in text_or_number[1::2]], list[int]()
+    numbers = [int(n) for n in _SENTINEL.findall(text)]
     for i, n in enumerate(numbers):
         if n != i:
             problem = f"has <extra_id_{n}> where the next one is <extra_id_{i}>"
@@ -211,19 +227,20 @@ def _of_gaps(view: RunView, text: str, spans: Spans, has_encoder: bool) -> Quest
     if not numbers:
         problem = "has no <extra_id_0>, the place of a span that the model fills in"
         raise UserError("prompt", problem, "write it into the text")
-    if len(numbers) > (most := spans.extra_ids - 1):
+    if len(numbers) > (most := spans.most_spans):
         problem = f"has {len(numbers):,} spans to fill in, and in training a text has {most:,}"
         raise UserError("prompt", problem, "give fewer")
-    for i, part in enumerate(text_or_number):
-        source += [size + int(part)] if i % 2 else text_ids(view.tokenizer, part)
+    source = _ids_with(spans.sentinels, view.tokenizer, text)
+    start, end = spans.around or (spans.sentinels[0], spans.sentinels[len(numbers)])
+    source += [end] if spans.around else []
     _check_length(source, spans.split)
-    names = {size + i: f"<extra_id_{i}>" for i in range(spans.extra_ids)}
+    names = _names(spans.sentinels)
     return Question(
         prompt=text,
-        echo=names[size],
-        start=[size] if has_encoder else [*source, size],
+        echo=names.get(start, ""),
+        start=[start] if has_encoder else [*source, start],
         previous=source,
-        end=size + len(numbers),
+        end=end,
         unit="answer",
         max_context=spans.columns,
         source=source if has_encoder else None,

@@ -18,19 +18,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from forescale.config.frozen import Change, diff, frozen_file, may_resume, thaw
 from forescale.config.hardware import exactness
 from forescale.config.layers import LENGTHS
 from forescale.config.schema import TargetConfig, leaves, plain
 from forescale.config.sections.data import ONLY, CorpusConfig, DataConfig
-from forescale.config.sections.objective import MaskedConfig
 from forescale.config.target import is_any_class
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.corpus import VOCABULARY, prepare_embedded
-from forescale.data.tokenizer import mask_id
 from forescale.ground.console import progress_display
 from forescale.ground.errors import UserError
 from forescale.ground.foreign import read_object
@@ -43,6 +39,7 @@ from forescale.run.feed import feed_of, resolved_model, whole_rows_of
 from forescale.run.forecast import prediction_interval_of
 from forescale.run.identity import code_and_id, data_fields
 from forescale.run.rows import each_row
+from forescale.run.special_tokens import with_special_tokens
 
 Examine = Callable[[TrainJob, Sources], None]
 PACKAGES = ("forescale", "torch", "deepspeed", "accelerate", "numpy", "tokenizers")
@@ -249,26 +246,12 @@ def settle(job: TrainJob, sources: Sources) -> TrainJob:
     # Those of whole rows are their numbers, unknown before their tables (run/feed.py).
     if sources.is_mixture and not job.data.weights and not job.objective.whole:
         job = replace(job, data=replace(job.data, weights=sources.default_weights()))
-    if isinstance(job.objective, MaskedConfig):
-        job = replace(job, objective=_with_mask(job.objective, sources.tokenizer))
+    job = replace(job, objective=with_special_tokens(job.objective, sources))
     if is_any_class(job.model):
         return replace(job, model=with_its_config(job.model))
     if not isinstance(job.model, ModelConfig):
         return job
     return replace(job, model=resolved_model(job, sources.vocab_size))
-
-
-def _with_mask(objective: MaskedConfig, tokenizer: Tokenizer) -> MaskedConfig:
-    """Return the objective with the id of the mask token that the tokenizer has. Raises UserError
-    if it has no token of the id that is given."""
-    token = objective.mask_token
-    if token is None:
-        return replace(objective, mask_token=mask_id(tokenizer))
-    if tokenizer.id_to_token(token) is None:
-        problem = f"{token} is no id of the tokenizer, which has {tokenizer.get_vocab_size():,}"
-        todo = "leave it out: the tokenizer's own mask token or a new one is taken"
-        raise UserError("objective.mask_token", problem, todo)
-    return objective
 
 
 def with_its_config(model: Any) -> TargetConfig:

@@ -4,17 +4,19 @@ import json
 
 import pytest
 import torch
-from tokenizers import SentencePieceUnigramTokenizer
+from tokenizers import AddedToken, SentencePieceUnigramTokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 from tokenizers.processors import TemplateProcessing
 
 from forescale import open_run
 from forescale.config.train import TrainJob
+from forescale.data.stream import StepShare, stream
 from forescale.inference.question import question_of
 from forescale.models.hf.any_class import AnyModel
 from forescale.run.command import job_of
 from forescale.run.start import start
 from tests.models.hf.kinds import save_model
+from tests.trainer.small_run import feed
 
 transformers = pytest.importorskip("transformers")
 
@@ -30,7 +32,7 @@ SPECIAL = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}
 def folder_of(tmp_path_factory):
     """Make a directory of a kind, with a tokenizer of its kind; return it and its model."""
 
-    def made(kind: str):
+    def folder_and_model(kind: str):
         folder = tmp_path_factory.mktemp(kind)
         if kind == "bert":
             words = BertWordPieceTokenizer()
@@ -49,6 +51,9 @@ def folder_of(tmp_path_factory):
             tokenizer = transformers.PreTrainedTokenizerFast(
                 tokenizer_object=pieces._tokenizer, **SPECIAL
             )
+            if kind == "t5":  # whose ids count down
+                names = [f"<extra_id_{i}>" for i in reversed(range(10))]
+                tokenizer.add_tokens([AddedToken(n, special=True, normalized=False) for n in names])
         tokenizer.save_pretrained(folder)
         if kind == "bert":
             return folder, save_model(kind, folder, eos_token_id=None, bos_token_id=None)
@@ -60,7 +65,7 @@ def folder_of(tmp_path_factory):
             model.generation_config.save_pretrained(folder)
         return folder, model
 
-    return made
+    return folder_and_model
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
@@ -76,7 +81,7 @@ def test_it_answers_as_its_class_does(kind, folder_of, tmp_path, forescale):
     ids = tokenizer(text, return_tensors="pt").input_ids
     assert ids[0, -1] == 1
     output = peer.generate(ids, max_new_tokens=12, do_sample=False)[0]
-    expected = tokenizer.decode(output, skip_special_tokens=True)
+    expected = tokenizer.decode([i for i in output if i > 2])  # without the first and the last
     options = ("temperature=0", f"num_tokens={12 - (kind == 'bart')}", "--json")
     answer = json.loads(forescale.prints("generate", run, f"prompt={text}", *options))
     assert len(expected) > 3
@@ -164,6 +169,42 @@ def test_t5_learns_responses_as_transformers_computes_their_loss(folder_of, tmp_
     (tmp_path / "two.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     refused = forescale.refuses("finetune", tmp_path / "it", f"data={tmp_path / 'two.jsonl'}")
     assert "preferences are rows of a decoder" in refused
+
+
+def test_t5_fills_in_spans_with_its_own_sentinels_and_goes_on_learning_them(
+    folder_of, tmp_path, forescale
+):
+    folder, peer = folder_of("t5")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    forescale.prints("import", "hf", folder, "it", f"run.root={tmp_path}")
+    text = "the quick <extra_id_0> box<extra_id_1>"
+    question = question_of(open_run(tmp_path / "it"), text)
+    assert question.source == tokenizer(text).input_ids
+    assert question.names[tokenizer.convert_tokens_to_ids("<extra_id_1>")] == "<extra_id_1>"
+
+    data = tmp_path / "data"
+    (tmp_path / "words.txt").write_text("\n".join(TEXT * 30))
+    forescale.prints("shards", tmp_path / "words.txt", f"output={data}", f"tokenizer={folder}")
+    words = [f"run.from.run={tmp_path / 'it'}", "run.from.load=weights", "objective=seq2seq"]
+    words += ["data=dataset", f"data.path={data}", f"run.root={tmp_path}", "run.name=on"]
+    words += ["train.sequence_length=48", "train.global_batch=2", "train.micro_batch=2"]
+    words += ["precision=fp32", "model.dropout=0", "train.compile=off", "train.steps=1"]
+    forescale.prints("train", *words)
+    view = open_run(tmp_path / "on")
+    assert view.config.objective.around == [0, 1]
+    assert view.config.model.vocab_size == len(tokenizer)
+    split, share = view.config.model.source_length, StepShare(2, 2)
+    (row,) = next(iter(stream(feed(tmp_path / "on"), share, range(1), 0, workers=0))).micro
+    with torch.no_grad():
+        loss = peer(row.tokens[:, :split], labels=row.targets[:, split:].contiguous()).loss.item()
+    assert view.metrics()["loss"].tolist() == pytest.approx([loss], rel=1e-5)
+    question = question_of(view, text)
+    assert (question.source, question.start) == (tokenizer(text).input_ids, [0])
+    forescale.prints("export", tmp_path / "on", f"to={tmp_path / 'hf'}")
+    back = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert len(back) == len(tokenizer)
+    refused = forescale.refuses("train", *words, "run.name=x", "objective.sentinels=[999]")
+    assert "is no id of the tokenizer" in refused
 
 
 def test_an_encoder_comes_in_with_its_mask_token(folder_of, tmp_path, forescale):

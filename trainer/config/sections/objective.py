@@ -112,6 +112,16 @@ class SpansConfig(ObjectiveConfig):
 
     rate: float = key(0.15, gt=0, lt=1)  # share of the tokens that spans take out
     mean: float = key(3.0, ge=1)  # mean length of a span, in tokens
+    # ids that stand for spans, in order; null: those of the tokenizer (<extra_id_0>, <extra_id_1>,
+    # ...), if it has them; []: new ones, beyond its ids
+    sentinels: list[int] | None = None
+    # two ids: that with which the decoder begins, and that which ends source and target; null:
+    # T5's, if the tokenizer has its sentinels and <pad>; []: the first sentinel, and the next one
+    around: list[int] | None = None
+
+    def problems(self) -> ProblemIterator:
+        if len(self.around or [0, 0]) != 2:
+            yield "around", f"{self.around} are not two ids", "give two, such as T5's [0,1]"
 
 
 @dataclass

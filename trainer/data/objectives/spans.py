@@ -4,6 +4,8 @@ Invariant: the spans of a window are a pure function of the seed, the window's n
 length; the columns of source and target and the number of targets depend on the length alone.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from forescale.data.objective import IGNORED, Draws
@@ -16,16 +18,17 @@ class Spans:
     rest are cut at random places into equally many parts, which alternate, the rest first
     (random_spans_noise_mask of T5's code). In the source each span is replaced by its sentinel, s0,
     s1, ...; the target is s0 span0 s1 span1 ... The decoder predicts all of it but s0, which always
-    comes first, and then the next sentinel as an end. (T5 predicts s0 too, from a padding id, and
-    ends both parts with its end-of-text token.)
+    comes first, and then the next sentinel as an end. around: two ids, as T5 itself has them; the
+    first begins the decoder's input, which then predicts s0 too, and the second ends both parts,
+    which have a token more each.
 
     source of n - noise + spans tokens, at the end of columns [0, split)
     target of noise + spans tokens, at the start of columns [split, sequence_length)
 
     window_length: the most tokens whose source and target fit into a row of sequence_length. All
     windows have that length but for a shard's last, so the split is one column, and a full window
-    leaves at most two columns of padding, at the row's end. Sentinels are the ids beyond the
-    vocabulary, from vocab_size on; extra_ids counts them.
+    leaves at most two columns of padding, at the row's end. sentinels: their ids, in order; none:
+    the ids beyond the vocabulary, from vocab_size on, which extra_ids counts.
     """
 
     def __init__(
@@ -35,19 +38,28 @@ class Spans:
         sequence_length: int,
         rate: float = 0.15,
         mean: float = 3.0,
+        sentinels: Sequence[int] | None = None,
+        around: Sequence[int] | None = None,
     ):
-        """Raise ValueError if a row of sequence_length is too short for a span."""
-        self.vocab_size, self.seed, self.columns = vocab_size, seed, sequence_length
-        self.rate, self.mean = rate, mean
+        """Raise ValueError if a row of sequence_length is too short for a span, or has more spans
+        than there are sentinels."""
+        self.seed, self.columns, self.rate, self.mean = seed, sequence_length, rate, mean
+        self.around, self._ending = around, int(bool(around))
         lengths = np.arange(2, max(3, sequence_length))
         noise, spans = self._counts(lengths)
-        fits = lengths[lengths + 2 * spans <= sequence_length]
+        fits = lengths[lengths + 2 * (spans + self._ending) <= sequence_length]
         if not len(fits):
             raise ValueError(f"{sequence_length} columns are too few for a span and its sentinels")
         self.window_length = int(fits[-1])
         noise, spans = self._counts(fits[-1:])
-        self.split = int(self.window_length - noise[0] + spans[0])
-        self.extra_ids = int(spans[0]) + 1
+        self.split = int(self.window_length - noise[0] + spans[0]) + self._ending
+        self.most_spans = int(spans[0])
+        count = self.most_spans + 1 - self._ending
+        self.sentinels = list(sentinels or range(vocab_size, vocab_size + count))
+        self.extra_ids = 0 if sentinels else count
+        if len(self.sentinels) < count:
+            problem = f"a row has up to {self.most_spans:,} spans, and the tokenizer has"
+            raise ValueError(f"{problem} {len(self.sentinels):,} sentinels; [] takes new ones")
 
     def _counts(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the noise tokens and the spans of windows of these lengths; 0 below 2 tokens."""
@@ -60,7 +72,7 @@ class Spans:
 
     def num_targets(self, sizes: np.ndarray) -> np.ndarray:
         noise, spans = self._counts(np.asarray(sizes) - 1)
-        return noise + spans
+        return noise + spans + self._ending * (spans > 0)
 
     def examples(self, tokens: np.ndarray, sizes: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         pair = np.zeros((2, len(tokens), self.columns), np.int64)
@@ -71,16 +83,18 @@ class Spans:
             if not count:
                 continue
             draws, rest_size = Draws(self.seed, number), size - 1 - drop
-            source, target, at = [], [], 0
+            source, target, at = [], [*self.around[:1]] if self.around else [], 0
             lengths = zip(_cut(draws, rest_size, count), _cut(draws, drop, count), strict=True)
-            for sentinel, (rest, span) in enumerate(lengths, self.vocab_size):
+            for sentinel, (rest, span) in zip(self.sentinels, lengths, strict=False):
                 source += [*text[at : at + rest].tolist(), sentinel]
                 target += [sentinel, *text[at + rest : at + rest + span].tolist()]
                 at += rest + span
+            last = self.around[1] if self.around else self.sentinels[count]
+            source += [last] * self._ending
             end = self.split + len(target)
             pair[0, i, self.split - len(source) : self.split] = source
             pair[0, i, self.split : end] = target
-            pair[1, i, self.split : end] = [*target[1:], self.vocab_size + count]
+            pair[1, i, self.split : end] = [*target[1:], last]
         return pair
 
     def padding_mask(self, sizes: np.ndarray) -> np.ndarray | None:
@@ -89,7 +103,8 @@ class Spans:
         if (sizes > self.window_length).all():
             return None
         noise, spans = self._counts(sizes - 1)
-        source, target = (sizes - 1 - noise + spans)[:, None], (noise + spans)[:, None]
+        marks = spans + self._ending * (spans > 0)
+        source, target = (sizes - 1 - noise + marks)[:, None], (noise + marks)[:, None]
         columns = np.arange(self.columns)
         return (columns >= self.split - source) & (columns < self.split + target)
 

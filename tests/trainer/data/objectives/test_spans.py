@@ -86,6 +86,41 @@ def test_counts_are_those_of_t5_and_a_full_row_has_at_most_two_columns_left(rate
         Spans(V, 0, 3)
 
 
+@pytest.mark.parametrize("size", [66, 31, 2])
+def test_with_sentinels_of_a_tokenizer_and_ids_around_rows_are_those_of_t5(size):
+    """By the lines of T5's noise_span_to_unique_sentinel, for the noise of the row."""
+    sentinels, padding, end = [*range(99, 89, -1)], 0, 1
+    objective = Spans(100, 3, 74, 0.3, 3.0, sentinels, [padding, end])
+    assert (objective.extra_ids, objective.window_length) == (0, 60)
+    text = np.arange(2, 63)[None] % 80 + 2
+    sizes = np.array([min(size, 61)])
+    text[0, sizes[0] :] = 0
+    (inputs,), (targets,) = objective.examples(text, sizes, np.array([5]))
+    count = int(objective.num_targets(sizes)[0])
+    if size == 2:
+        assert count == 0
+        return
+    window = text[0, : sizes[0] - 1].tolist()
+    source = inputs[: objective.split]
+    real = objective.padding_mask(sizes)
+    source = source if real is None else source[real[0, : objective.split]]
+    noise = ~np.isin(window, source)
+
+    def with_sentinels(hidden: np.ndarray) -> list[int]:
+        first = hidden & ~np.concatenate([[False], hidden[:-1]])
+        names = np.array(sentinels)[np.cumsum(first) - 1]
+        return np.where(first, names, window)[~hidden | first].tolist()
+
+    assert source.tolist() == [*with_sentinels(noise), end]
+    answer = [*with_sentinels(~noise), end]
+    answer_at = slice(objective.split, objective.split + count)
+    assert targets[answer_at].tolist() == answer
+    assert inputs[answer_at].tolist() == [padding, *answer[:-1]]
+    assert (targets != IGNORED).sum() == len(answer)
+    with pytest.raises(ValueError, match="up to 6 spans, and the tokenizer has 5 sentinels"):
+        Spans(100, 3, 74, 0.3, 3.0, sentinels[:5], [padding, end])
+
+
 def test_every_token_is_taken_out_about_as_often_and_spans_have_their_mean():
     objective = Spans(V, 5, 128)
     n = objective.window_length
