@@ -197,8 +197,12 @@ def _from_key(
     return base if value is None else replace(base, **{field: value})
 
 
+class WrongValue(ValueError):
+    """A value of config.json that no model has, so that no class computes it either."""
+
+
 def check_types(hf: dict[str, Any]) -> None:
-    """Raise ValueError for the first key that is read and has a value of another type than its
+    """Raise WrongValue for the first key that is read and has a value of another type than its
     own, or a size that no model has."""
 
     def is_size(value: Any) -> bool:
@@ -217,7 +221,7 @@ def check_types(hf: dict[str, Any]) -> None:
     ):
         for key in keys.split():
             if key in hf and not is_right(hf[key]) and not (hf[key] is None and key in _NULL):
-                raise ValueError(f"its {key} is {as_text(hf[key])}, not {kind}.")
+                raise WrongValue(f"its {key} is {as_text(hf[key])}, not {kind}.")
 
 
 def of_paths(values: dict[str, Any]) -> ModelConfig:

@@ -39,6 +39,7 @@ from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
 from forescale.models.hf import FAMILIES, two_sided
 from forescale.models.hf.any_class import AnyModel
+from forescale.models.hf.config_json import WrongValue
 from forescale.models.hf.loading import has_encoder, sees_both_sides
 from forescale.models.hf.pieces import architecture_of, config_of, pieces_of
 from forescale.run.directory import GGUF, Run, expect_free, new_run
@@ -166,13 +167,12 @@ def _imported(directory: HfDirectory | GgufFile) -> ImportedModel:
         where, problem = str(directory.config_path), str(e).rstrip(".")
         todo = "import another model; nothing was written"
         if isinstance(family, str) and isinstance(directory, HfDirectory):
-            if family not in FAMILIES:
+            if family not in FAMILIES and not isinstance(e, WrongValue):
                 return _class_of(directory, problem)
-            folder = where.removesuffix("/config.json")
-            todo = (
-                f"write forescale train NAME model=transformers model.name={folder} data=dataset "
-            )
-            todo += "data.path=DATA; nothing was written"
+            folder, todo = where.removesuffix("/config.json"), "correct it; nothing was written"
+            if family in FAMILIES:
+                todo = f"write forescale train NAME model=transformers model.name={folder} "
+                todo += "data=dataset data.path=DATA; nothing was written"
         raise UserError(where, problem, todo) from None
     parts, sizes = list(_parts(directory, model)), model.sizes
     architecture = architecture_of(directory.config["model_type"])

@@ -233,3 +233,25 @@ def test_an_encoder_comes_in_with_its_mask_token(folder_of, tmp_path, forescale)
         "train", "x", "objective=masked", "objective.mask_token=999", "model.causal=false",
         f"data.path={data}", "data=dataset", f"run.root={tmp_path}",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("t5", {"num_layers": 0}),  # a class of transformers without layers, as it were
+        ("t5", {"num_layers": 10**12}),  # which would be built for hours
+        ("t5", {"n_positions": "512"}),
+        ("t5", {"dropout_rate": float("nan")}),
+        ("bert", {"num_hidden_layers": -4}),
+    ],
+)
+def test_a_value_that_no_model_has_is_not_given_to_its_class(
+    kind, change, folder_of, tmp_path, forescale
+):
+    folder, _ = folder_of(kind)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    code, _, err = forescale("import", "hf", folder, "it", f"run.root={tmp_path}")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert next(iter(change)) in err and "nothing was written" in err
+    assert "as a class" not in err and not (tmp_path / "it").exists()
