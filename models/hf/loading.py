@@ -126,11 +126,29 @@ def build(name: str, config: Any, folder: str | None) -> Any:
     try:
         module, info = auto.from_pretrained(folder, output_loading_info=True, **options)
     except Exception as e:
+        if "ignore_mismatched_sizes" in str(e):
+            problem = "its config.json gives other shapes than its weights have"
+            raise ValueError(f"{problem}; correct its config.json") from e
         raise ValueError(_refusal(e)) from e
     if missing := sorted(info["missing_keys"]):
         problem = f"its files lack {len(missing):,} weights of the class, such as {missing[0]}"
         raise ValueError(f"{problem}; download it again")
+    if beyond := [name for name in sorted(info["unexpected_keys"]) if _is_layer_of(module, name)]:
+        problem = f"its config.json has fewer layers than its files, which hold {beyond[0]}"
+        raise ValueError(f"{problem}; correct its config.json")
     return module
+
+
+def _is_layer_of(module: Any, name: str) -> bool:
+    """Return True if a weight of this name would be in a list of layers that the module has, behind
+    its last one."""
+    words = name.split(".")
+    for i in (i for i, word in enumerate(words) if word.isdecimal()):
+        with suppress(AttributeError):
+            layers = module.get_submodule(".".join(words[:i]))
+            if type(layers).__name__ == "ModuleList" and len(layers) <= int(words[i]):
+                return True
+    return False
 
 
 def _refusal(error: Exception) -> str:

@@ -39,7 +39,7 @@ from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
 from forescale.models.hf import FAMILIES, two_sided
 from forescale.models.hf.any_class import AnyModel
-from forescale.models.hf.config_json import WrongValue
+from forescale.models.hf.config_json import WrongValue, as_text
 from forescale.models.hf.loading import has_encoder, sees_both_sides
 from forescale.models.hf.pieces import architecture_of, config_of, pieces_of
 from forescale.run.directory import GGUF, Run, expect_free, new_run
@@ -183,7 +183,11 @@ def _imported(directory: HfDirectory | GgufFile) -> ImportedModel:
 
 def _class_of(directory: HfDirectory, problem: str) -> ImportedModel:
     """Return the model as its class of transformers. problem: why it is none of ours."""
-    _ = directory.tensors  # whole files, and no pickles
+    most = len(directory.tensors)  # of whole files, and no pickles
+    for key, value in directory.config.items():
+        if "layer" in key and type(value) is int and value > most:  # it would be built for hours
+            problem = f"its {key} is {value:,}, and its files hold {most:,} weights"
+            raise UserError(str(directory.config_path), problem, "correct it; nothing was written")
     model = with_its_config(TargetConfig(ANY_CLASS, {"name": str(directory.path)}))
     try:
         has_source = has_encoder(model.arguments["config"])
@@ -278,6 +282,11 @@ def _job(
         tokenizer = vocabulary.load()
         before, behind = framing(tokenizer)
         ids = [directory.config.get(key) for key in _BEGINNINGS] + [*range(vocabulary.size)]
+        declared = directory.config.get(_BEGINNINGS[0])
+        is_token = type(declared) is int and 0 <= declared < vocabulary.size
+        if declared is not None and not is_token:
+            problem = f"its {_BEGINNINGS[0]} is {as_text(declared)}, no token of its tokenizer"
+            raise UserError(str(directory.config_path), problem, "correct it; nothing was written")
         around = {*before, *behind, vocabulary.end}
         known = [i for i in ids if type(i) is int and 0 <= i < vocabulary.size]
         first = next(i for i in known if i not in around)

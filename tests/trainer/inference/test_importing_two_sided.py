@@ -253,5 +253,29 @@ def test_a_value_that_no_model_has_is_not_given_to_its_class(
     (folder / "config.json").write_text(json.dumps(config | change))
     code, _, err = forescale("import", "hf", folder, "it", f"run.root={tmp_path}")
     assert (code, err.count("\n")) == (2, 1), err
-    assert next(iter(change)) in err and "nothing was written" in err
-    assert "as a class" not in err and not (tmp_path / "it").exists()
+    assert next(iter(change)) in err
+    assert "nothing was written" in err
+    assert "as a class" not in err
+    assert not (tmp_path / "it").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "problem"),
+    [
+        ("bart", {"encoder_layers": 1}, "fewer layers than its files"),
+        ("bart", {"decoder_layers": 0}, "fewer layers than its files"),
+        ("bart", {"encoder_layers": 10**9}, "its encoder_layers is 1,000,000,000"),
+        ("bart", {"encoder_ffn_dim": 31}, "other shapes than its weights"),
+        ("t5", {"decoder_start_token_id": 10**9}, "no token of its tokenizer"),
+        ("t5", {"decoder_start_token_id": "1"}, "no token of its tokenizer"),
+    ],
+)
+def test_a_config_that_its_files_contradict_is_refused(
+    kind, change, problem, folder_of, tmp_path, forescale
+):
+    folder, _ = folder_of(kind)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    code, _, err = forescale("import", "hf", folder, "it", f"run.root={tmp_path}")
+    assert (code, problem in err) == (2, True), err
+    assert not (tmp_path / "it").exists()
