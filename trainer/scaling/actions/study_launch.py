@@ -1,6 +1,7 @@
 """`forescale study launch`: trains the planned runs, on this machine or in SLURM's queue."""
 
 from dataclasses import replace
+from functools import partial
 
 from forescale.config.job import Action
 from forescale.ground.console import open_console
@@ -23,6 +24,7 @@ ACTION = Action(
     ),
     {"path": str, "unfinished": int, "exit_code": int},
 )
+_log = partial(print, flush=True)
 
 
 def with_arguments(job: StudyJob, arguments: list[str]) -> StudyJob:
@@ -43,8 +45,7 @@ def main(job: StudyJob) -> int:
             for state in study.states():
                 if state.status in ("diverged", "failed"):
                     study.retry(state.cell.name)
-        launcher = (QueueLauncher if keys.slurm else LocalLauncher)(study, keys, _log)
-        code = launcher.go()
+        code = (QueueLauncher if keys.slurm else LocalLauncher)(study, keys, _log).go()
     left = study.unfinished()
     tell({"path": study.folder, "unfinished": len(left), "exit_code": code})
     if code != DONE:
@@ -57,7 +58,3 @@ def main(job: StudyJob) -> int:
     if forecasts := read_forecasts(study.forecasts):
         show(open_console(), [forecast_section(forecasts, score(forecasts, study.table()))])
     return code
-
-
-def _log(line: str) -> None:
-    print(line, flush=True)

@@ -188,7 +188,10 @@ class LocalLauncher(Launcher):
                     self._go_on()
         if self._fault:
             raise self._fault
-        return INTERRUPTED if self.stop_signal is not None else DONE
+        if self.stop_signal is None:
+            return DONE
+        self.log(f"{len(self.study.unfinished())} cells are left. Run the same command to go on.")
+        return INTERRUPTED
 
     def _go_on(self) -> None:
         """Decide and start cells. After an error nothing starts, but running cells go on."""

@@ -97,7 +97,9 @@ def test_a_stop_while_a_stage_is_decided_starts_nothing(little, fake_training, m
     stop = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
     monkeypatch.setattr(launching, "advance", stop)
     assert run("launch") == 75
-    assert "Stopping: no cell runs, and none starts." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Stopping: no cell runs, and none starts." in out
+    assert "cells are left. Run the same command to go on." in out
     assert not fake_training.started
 
 
