@@ -16,7 +16,7 @@ from forescale.ground.errors import CRASHED, INTERRUPTED, USER, UserError
 from forescale.resilience import outcome
 from forescale.run.directory import Run
 from forescale.run.start import versions
-from forescale.verbs import load
+from forescale.verbs import SYNONYMS, load
 from forescale.verbs.shards import ShardsJob
 
 ROOT = Path(__file__).parents[2]
@@ -111,10 +111,24 @@ def test_a_reader_who_had_enough_is_no_fault(name, code):
     assert process.wait() == code
 
 
-def test_a_wrong_verb_is_answered_with_the_nearest(forescale):
-    code, _, err = forescale("trian")
-    assert code == USER
-    assert err == "forescale: trian: no such verb; did you mean forescale train?\n"
+@pytest.mark.parametrize(
+    ("word", "todo"),
+    [
+        ("trian", "did you mean forescale train?"),
+        ("evaluate", "did you mean forescale eval?"),
+        ("chat", "did you mean forescale generate RUN --chat --interactive?"),
+        ("kill", "did you mean forescale stop RUN?"),
+        ("foo", "forescale --help lists them all."),
+    ],
+)
+def test_a_wrong_verb_is_answered_with_what_is_probably_meant(forescale, word, todo):
+    assert forescale(word) == (USER, "", f"forescale: {word}: no such verb; {todo}\n")
+
+
+def test_each_other_word_for_a_verb_names_one_that_is_there():
+    for words, typed in SYNONYMS.items():
+        assert not {*words.split()} & {*cli.VERBS}
+        assert typed.split()[0] in {*cli.VERBS, "-V"}
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",)])

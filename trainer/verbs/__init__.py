@@ -16,6 +16,7 @@ tests/test_walls.py allows, prints), and no verb imports another.
 
 import importlib
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from types import ModuleType
 from typing import Protocol, cast
 
@@ -52,6 +53,28 @@ VERBS = {
     "help": "Show a page of the manual, offline, or the list of its pages.",
     "schema": "Print JSON Schema of all verbs: their keys, and what they print with --json.",
     "completion": "Print the shell completion script for bash, zsh or fish.",
+}
+
+# What other programs call it: the words, and what to type here.
+SYNONYMS = {
+    "run launch pretrain": "train",
+    "resume continue": "train RUN",
+    "sft dpo lora tune": "finetune RUN data=FILE.jsonl",
+    "chat talk": "generate RUN --chat --interactive",
+    "complete infer sample": "generate RUN",
+    "score test": "eval RUN",
+    "prepare tokenize preprocess data": "shards TEXT",
+    "convert save": "export RUN",
+    "kill cancel": "stop RUN",
+    "list ls monitor top": "status",
+    "show plot": "report RUN",
+    "delete rm clean": "prune",
+    "estimate cost price": "plan",
+    "simulate": "rehearse",
+    "ablate ab": "try NAME",
+    "fit predict forecast sweep": "study --help",
+    "verify validate": "check",
+    "version": "-V",
 }
 
 
@@ -91,7 +114,9 @@ class Verb(Protocol):
 def load(name: str) -> Verb:
     """Return the imported file of a verb. Raises UserError if there is no verb of this name."""
     if name not in VERBS:
-        near = nearest_first(name, VERBS)[0]
-        raise UserError(name, "no such verb", f"did you mean forescale {near}?")
+        near = [typed for words, typed in SYNONYMS.items() if name in words.split()]
+        near = near or get_close_matches(name, VERBS, 1)
+        todo = f"did you mean forescale {near[0]}?" if near else "forescale --help lists them all"
+        raise UserError(name, "no such verb", todo)
     module: ModuleType = importlib.import_module(f"{__name__}.{name}")
     return cast(Verb, module)
