@@ -16,10 +16,13 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+_WIDEST = 10_000  # characters
 
 # Control characters but tab and line ends, and bytes of names that aren't UTF-8 (surrogateescape).
 _HIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]|\r(?!\n)")
@@ -106,12 +109,51 @@ def open_console(wide: int = 140, **options: Any) -> Console:
     return VisibleConsole(highlight=False, width=wide, **options)
 
 
-def table(*names: str, left: Collection[str] = ()) -> Table:
-    """A table without lines: a column for each name, those in `left` left-aligned, the others
+class BandedTable(Table):
+    """A table without lines. One that is wider than the terminal is shown in bands of columns, each
+    after the first columns, as many as tell the rows apart; so no number is cut."""
+
+    def __init__(self) -> None:
+        super().__init__(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+
+    def add(self, name: RenderableType, justify: JustifyMethod) -> None:
+        """Add a column, whose texts are not broken into lines."""
+        self.add_column(name, justify=justify, no_wrap=True)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns = [[column.header, *column.cells] for column in self.columns]
+        wide = options.update(width=_WIDEST)  # of which a text is measured as wide as it is
+        widths = [max(Measurement.get(console, wide, x).maximum for x in c) + 2 for c in columns]
+        rows = [*zip(*columns, strict=True)]
+        names = [tuple(map(str, row)) for row in rows]
+        counts = range(1, len(columns))
+        keys = next((k for k in counts if len({n[:k] for n in names}) == len(rows)), 1)
+        room = options.max_width + 2 - sum(widths[:keys])
+        if sum(widths[keys:]) <= room or max(widths[keys:]) > room:
+            yield from super().__rich_console__(console, options)
+            return
+        first = keys
+        while first < len(columns):
+            end = first + 1
+            while end < len(columns) and sum(widths[first : end + 1]) <= room:
+                end += 1
+            band = BandedTable()
+            for column in (*self.columns[:keys], *self.columns[first:end]):
+                band.add(column.header, column.justify)
+            for row in rows[1:]:
+                band.add_row(*row[:keys], *row[first:end])
+            if first > keys:
+                yield ""
+            yield band
+            first = end
+
+
+def table(*names: str, left: Collection[str] = ()) -> BandedTable:
+    """A table with a column for each name, those in `left` left-aligned, the others
     right-aligned."""
-    columns = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    columns = BandedTable()
     for name in names:
-        columns.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+        columns.add(name, "left" if name in left else "right")
     return columns
 
 

@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import jinja2
 from markupsafe import Markup
-from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 
@@ -153,36 +152,16 @@ def show(console: Console, sections: Iterable[Section], *lines: Cell) -> None:
     for section in sections:
         console.print(f"\n[bold]{escape(section.title)}[/]")
         if section.head and section.rows:
-            rows = [[_plain(cell) for cell in row] for row in section.rows]
-            for i, band in enumerate(_bands(rows, console)):
-                console.print("\n" * bool(i), end="")
-                head, *rest = ([escape(cell) for cell in row] for row in band)
-                columns = table(*head, left=head[:1])
-                for row in rest:
-                    columns.add_row(*row)
-                console.print(columns)
+            head, *rest = ([escape(_plain(cell)) for cell in row] for row in section.rows)
+            columns = table(*head, left=head[:1])
+            for row in rest:
+                columns.add_row(*row)
+            console.print(columns)
         else:
             for label, value in section.rows:
                 console.print(escape(f"{label}: {_plain(value)}".lstrip(": ")), soft_wrap=True)
         for line in (*filter(None, [section.absent]), *section.after):
             console.print(escape(_plain(line)), soft_wrap=True)
-
-
-def _bands(rows: list[list[str]], console: Console) -> Iterator[list[list[str]]]:
-    """Yield the rows of a table in bands of columns as wide as the console, each after the columns
-    that tell the rows apart; a column that is wider than the rest of a line is cut."""
-    widths = [max(map(cell_len, column)) + 2 for column in zip(*rows, strict=True)]
-    apart = (
-        k for k in range(1, len(widths)) if len({*map(tuple, (r[:k] for r in rows))}) == len(rows)
-    )
-    keys = next(apart, 1)
-    first = keys
-    while first < len(widths):
-        end, room = first, console.width + 2 - sum(widths[:keys])
-        while end < len(widths) and (end == first or sum(widths[first : end + 1]) <= room):
-            end += 1
-        yield [row[:keys] + row[first:end] for row in rows]
-        first = end
 
 
 def _plain(cell: Cell) -> str:

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+from rich.console import Console
 from rich.text import Text
 
 from forescale.ground.console import (
@@ -128,3 +129,27 @@ def test_without_a_terminal_there_are_plain_lines(capsys):
         "a sentence",
     ]
     assert not any("\x1b" in line or "\r" in line for line in lines)
+
+
+def test_a_table_wider_than_the_terminal_is_shown_in_bands():
+    """Each begins with the columns that tell its rows apart, and nothing is cut."""
+    rows = table("recipe", "C", "loss", "learning rate", left=("recipe",))
+    rows.add_row("llama", "1e9", "2.1", "0.01 to 0.04")
+    rows.add_row("llama", "2e9", "1.9", "0.02 to 0.08")
+    texts = {}
+    for width in (28, 99, 9):
+        console = Console(width=width)
+        with console.capture() as capture:
+            console.print(rows)
+        texts[width] = [line.rstrip() for line in capture.get().splitlines()]
+    assert texts[28] == [
+        "recipe    C  loss",
+        "llama   1e9   2.1",
+        "llama   2e9   1.9",
+        "",
+        "recipe    C  learning rate",
+        "llama   1e9   0.01 to 0.04",
+        "llama   2e9   0.02 to 0.08",
+    ]
+    assert texts[99][1] == "llama   1e9   2.1   0.01 to 0.04"
+    assert len(texts[9]) == 3  # no band has room for a column: cut

@@ -39,20 +39,6 @@ def test_the_terminal_shows_titles_tables_and_sentences():
     ]  # fmt: skip
 
 
-def test_a_table_wider_than_the_terminal_is_shown_in_bands():
-    """Each begins with the columns that tell its rows apart, and nothing is cut."""
-    rows = [["recipe", "C", "loss", "learning rate"]]
-    rows += [["llama", "1e9", "2.1", "0.01 to 0.04"], ["llama", "2e9", "1.9", "0.02 to 0.08"]]
-    console = Console(width=28)
-    with console.capture() as capture:
-        show(console, [Section("a", "A", rows=rows, head=True)])
-    assert [line.split() for line in capture.get().splitlines()[2:]] == [
-        ["recipe", "C", "loss"], ["llama", "1e9", "2.1"], ["llama", "2e9", "1.9"], [],
-        ["recipe", "C", "learning", "rate"], ["llama", "1e9", "0.01", "to", "0.04"],
-        ["llama", "2e9", "0.02", "to", "0.08"],
-    ]  # fmt: skip
-
-
 def test_whatever_a_value_says_is_text():
     html = hostile_page().encode().decode()  # also half a character, as in names of files
     assert "<img" not in html
