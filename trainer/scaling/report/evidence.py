@@ -137,7 +137,7 @@ def gather(job: StudyJob, table: pd.DataFrame) -> StudyEvidence:
     states = study.states()
     runs = {s.cell.name: study.run(s.cell.name) for s in states}
     started = {name: Status(run) for name, run in runs.items() if run.config.is_file()}
-    launches = [x for status in started.values() for x in status.goodput.launches]
+    starts = [x for status in started.values() for x in status.goodput.launches]
     used = [runs[name].read_identity().get("versions", {}) for name in started]
     names = sorted({name for one in used for name in one})
     return evidence(
@@ -145,8 +145,7 @@ def gather(job: StudyJob, table: pd.DataFrame) -> StudyEvidence:
         stages=[_stage(stage, states, started, table) for stage in study.plan.stages],
         folder=str(job.folder), cap=study.plan.cap, statuses=Counter(s.status for s in states),
         versions={name: sorted({one[name] for one in used if name in one}) for name in names},
-        times=(min(x.begun for x in launches), max(x.ended for x in launches))
-        if launches else None,
+        times=(min(x.begun for x in starts), max(x.ended for x in starts)) if starts else None,
     )  # fmt: skip
 
 

@@ -68,9 +68,12 @@ def rate_rows(study: StudyFit, f: Prediction) -> Iterator[list[Cell]]:
         loss = study.fit.predict(parameters=n, tokens=tokens, **held)
         return float(np.log(loss[0] / loss[1]) / np.log(_STEP))
 
-    text = Markup("not determined: no three batches had three learning rates each")
-    if critical := critical_batches(table, job, "", slope):
-        text = Markup("; ").join(map(_critical, *zip(*critical, strict=True)))
+    text: Cell = "not determined: no three batches had three learning rates each"
+    try:
+        if critical := critical_batches(table, job, "", slope):
+            text = Markup("; ").join(map(_critical, *zip(*critical, strict=True)))
+    except UserError as e:
+        text = f"not determined: {e.problem}"
     yield ["Critical batch", text]
 
 

@@ -188,10 +188,9 @@ class LocalLauncher(Launcher):
                     self._go_on()
         if self._fault:
             raise self._fault
-        if self.stop_signal is None:
-            return DONE
-        self.log(f"{len(self.study.unfinished())} cells are left. Run the same command to go on.")
-        return INTERRUPTED
+        if self.stop_signal is not None:
+            self.log(f"{len(self.study.unfinished())} cells are left: run the same command again.")
+        return INTERRUPTED if self.stop_signal is not None else DONE
 
     def _go_on(self) -> None:
         """Decide and start cells. After an error nothing starts, but running cells go on."""

@@ -38,6 +38,8 @@ def test_what_the_sweeps_do_not_determine_is_said_and_a_bare_table_has_no_such_r
     assert one["Learning rate"] == "not determined: one size was swept"
     pilot = table[(table["cell_of"] == "s1-n0") & ~grid].assign(stage=0, fitted=False)
     assert rows_of(pd.concat((table[grid], pilot)))["Learning rate"].endswith("no size was swept")
+    other = rows_of(table.assign(loss_definition=np.where(grid, "one", "another")))
+    assert other["Critical batch"].startswith("not determined: losses are not comparable")
     bare = rows_of(table.drop(columns="learning_rate"))
     assert not {"Learning rate", "Critical batch"} & set(bare)
 

@@ -99,7 +99,7 @@ def test_a_stop_while_a_stage_is_decided_starts_nothing(little, fake_training, m
     assert run("launch") == 75
     out = capsys.readouterr().out
     assert "Stopping: no cell runs, and none starts." in out
-    assert "cells are left. Run the same command to go on." in out
+    assert "cells are left: run the same command again." in out
     assert not fake_training.started
 
 
