@@ -42,7 +42,7 @@ def _with_sentinels(objective: SpansConfig, sources: Sources) -> SpansConfig:
     tokenizer = sources.tokenizer
     for name in ("sentinels", "around"):
         for token in getattr(objective, name) or []:
-            if tokenizer.id_to_token(token) is None:
+            if not 0 <= token < sources.vocab_size:
                 problem = f"{token} is no id of the tokenizer, which has {sources.vocab_size:,}"
                 raise UserError(f"objective.{name}", problem, "leave it out, or give ids of tokens")
     sentinels, around = objective.sentinels, objective.around

@@ -203,8 +203,9 @@ def test_t5_fills_in_spans_with_its_own_sentinels_and_goes_on_learning_them(
     forescale.prints("export", tmp_path / "on", f"to={tmp_path / 'hf'}")
     back = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert len(back) == len(tokenizer)
-    refused = forescale.refuses("train", *words, "run.name=x", "objective.sentinels=[999]")
-    assert "is no id of the tokenizer" in refused
+    for i in (999, -1):
+        refused = forescale.refuses("train", *words, "run.name=x", f"objective.sentinels=[{i}]")
+        assert f"{i} is no id of the tokenizer" in refused
 
 
 def test_an_encoder_comes_in_with_its_mask_token(folder_of, tmp_path, forescale):

@@ -59,7 +59,8 @@ class Spans:
         self.extra_ids = 0 if sentinels else count
         if len(self.sentinels) < count:
             problem = f"a row has up to {self.most_spans:,} spans, and the tokenizer has"
-            raise ValueError(f"{problem} {len(self.sentinels):,} sentinels; [] takes new ones")
+            todo = "shorten train.sequence_length, or take new ones by objective.sentinels=[]"
+            raise ValueError(f"{problem} {len(self.sentinels):,} sentinels: {todo}")
 
     def _counts(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the noise tokens and the spans of windows of these lengths; 0 below 2 tokens."""
