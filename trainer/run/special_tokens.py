@@ -45,10 +45,11 @@ def _with_sentinels(objective: SpansConfig, sources: Sources) -> SpansConfig:
             if not 0 <= token < sources.vocab_size:
                 problem = f"{token} is no id of the tokenizer, which has {sources.vocab_size:,}"
                 raise UserError(f"objective.{name}", problem, "leave it out, or give ids of tokens")
+    # null stays where the tokenizer has none: a config that was frozen before goes on to fit.
     sentinels, around = objective.sentinels, objective.around
     if sentinels is None:
-        sentinels = sentinel_ids(tokenizer)
-    if around is None:
-        start = tokenizer.token_to_id("<pad>") if sentinels else None
-        around = [] if start is None else [start, sources.end_of_text]
+        sentinels = sentinel_ids(tokenizer) or None
+    start = tokenizer.token_to_id("<pad>")
+    if around is None and sentinels and start is not None:
+        around = [start, sources.end_of_text]
     return replace(objective, sentinels=sentinels, around=around)
