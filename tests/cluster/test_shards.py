@@ -76,8 +76,7 @@ def lost_node(lab: Lab, corpus: Corpus) -> None:
 
 
 def time_limit(lab: Lab, corpus: Corpus) -> None:
-    """SLURM, which looks at limits every 30 s, sends its signal 75 to 105 s after a start: one
-    that has made no unit by then isn't requeued, and a busy machine needs 20 s for the first."""
+    """SLURM sends its signal 75 to 105 s after a start: one without a unit isn't requeued."""
     of_slurm = ("slurm.array=3", "slurm.at_once=2", "slurm.time=2 min", "slurm.lead=15 s")
     slowly = corpus.folder / "slowly"
     slowly.touch()
