@@ -59,13 +59,15 @@ Reads = Literal["both sides", "source", "text"]
 class ImportedModel:
     """A model as a run holds it.
 
-    architecture: the name of its class; vocab_size: its ids; longest: the tokens of a row; reads:
-    a text in both directions, a source whose answer it writes, or a text that it continues.
+    architecture: the name of its class; parameters: their number, without buffers; vocab_size: its
+    ids; longest: the tokens of a row; reads: a text in both directions, a source whose answer it
+    writes, or a text that it continues.
     """
 
     model: ModelConfig | TargetConfig
     parts: list[Fragment]
     architecture: str
+    parameters: int
     vocab_size: int
     longest: int
     reads: Reads = "text"
@@ -73,8 +75,8 @@ class ImportedModel:
 
 @dataclass(frozen=True)
 class Imported:
-    """A run that holds imported weights. parameters: their number; bytes: of the weights; reads:
-    see ImportedModel; left_out: names of tensors that the model has no use for."""
+    """A run that holds imported weights. parameters: their number; bytes: of the weights and of
+    stored buffers; reads: see ImportedModel; left_out: tensors that the model has no use for."""
 
     run: Run
     architecture: str
@@ -104,7 +106,7 @@ def import_hf(
     parts, architecture = imported.parts, imported.architecture
     vocabulary = _vocabulary(directory, imported.vocab_size, tokenizer, end_of_text)
     job = _job(run, imported, directory, vocabulary)
-    numbers, size = sum(p.data.numel() for p in parts), sum(p.data.nbytes for p in parts)
+    numbers, size = imported.parameters, sum(p.data.nbytes for p in parts)
     left_out = [name for name in directory.tensors if two_sided.is_of_sentences(name)]
     result = Imported(run, architecture, numbers, size, imported.reads, left_out)
     meter = Meter(progress, "import weights", size, "bytes")
@@ -177,8 +179,8 @@ def _imported(directory: HfDirectory | GgufFile) -> ImportedModel:
     parts, sizes = list(_parts(directory, model)), model.sizes
     architecture = architecture_of(directory.config["model_type"])
     reads: Reads = "source" if model.has_encoder else "text" if model.causal else "both sides"
-    longest = sizes.max_sequence_length
-    return ImportedModel(model, parts, architecture, sizes.vocab_size, longest, reads)
+    numbers, longest = sum(p.data.numel() for p in parts), sizes.max_sequence_length
+    return ImportedModel(model, parts, architecture, numbers, sizes.vocab_size, longest, reads)
 
 
 def _class_of(directory: HfDirectory, problem: str) -> ImportedModel:
@@ -201,7 +203,7 @@ def _class_of(directory: HfDirectory, problem: str) -> ImportedModel:
             str(directory.config_path), problem, f"{todo}; nothing was written"
         ) from None
     weights = {name: p.detach() for name, p in module.named_parameters()}
-    stored = module.state_dict()
+    numbers, stored = sum(w.numel() for w in weights.values()), module.state_dict()
     weights |= {name: b for name, b in module.named_buffers() if name in stored}
     parts = [
         unread_weight(n, w.shape, 0, w.to("meta"), lambda w=w: w)  # type: ignore[misc]
@@ -212,7 +214,7 @@ def _class_of(directory: HfDirectory, problem: str) -> ImportedModel:
     longest = 2 * longest if has_source else longest
     reads: Reads = "source" if has_source else "both sides" if masked else "text"
     name = type(module.inner).__name__
-    return ImportedModel(model, parts, name, text.vocab_size, longest, reads)
+    return ImportedModel(model, parts, name, numbers, text.vocab_size, longest, reads)
 
 
 def _parts(directory: HfDirectory | GgufFile, model: ModelConfig) -> Iterator[Fragment]:
@@ -268,12 +270,8 @@ def _job(
 ) -> TrainJob:
     """Return the job to freeze: the model, its objective, and defaults that nothing reads."""
     words = [f"run.name={run.name}", f"run.root={run.path.parent}", "schedule=constant"]
-    words += [
-        "schedule.warmup=0 steps",
-        "train.steps=1",
-        "train.global_batch=1",
-        "train.micro_batch=1",
-    ]
+    words += ["schedule.warmup=0 steps"]
+    words += ["train.steps=1", "train.global_batch=1", "train.micro_batch=1"]
     if imported.reads == "both sides":
         words += ["model.causal=false", "objective=masked"]
         if (mask := mask_id(vocabulary.load())) is not None:

@@ -76,7 +76,9 @@ def test_it_answers_as_its_class_does(kind, folder_of, tmp_path, forescale):
     assert "forescale finetune" in out
     assert "forescale eval" not in out
     run, tokenizer = tmp_path / "it", transformers.AutoTokenizer.from_pretrained(folder)
-    assert isinstance(open_run(run).model(), AnyModel) == (kind == "bart")
+    module = open_run(run).model()
+    assert isinstance(module, AnyModel) == (kind == "bart")
+    assert f"{sum(p.numel() for p in module.parameters()):,} parameters" in out  # and no buffers
     text = "the quick box judges"
     ids = tokenizer(text, return_tensors="pt").input_ids
     assert ids[0, -1] == 1
