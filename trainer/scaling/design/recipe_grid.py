@@ -5,8 +5,8 @@
                  highest, each 5/2 of the one before
     a budget     of each recipe a search (search.py) for its best size and settings, and runs with
                  other seeds, which wait for the best of them
-    settings     up to the lowest budget of all recipes also those of plan.dials, which later
-                 budgets take over; what a recipe sets itself stays
+    settings     up to the lowest budget of all recipes also those of plan.dials, from the base's
+                 best below it; later budgets take them over; what a recipe sets itself stays
 
 Invariant: all recipes have the same number of runs and of seeds at a budget.
 """
@@ -101,23 +101,27 @@ class RecipeGrid:
         self, common: Common, recipe: Recipe, stage: int, earlier: Sequence[Cell] = ()
     ) -> Trial:
         """Return the trial that a search begins with: the settings of the budget before, and the
-        size that the best ones so far lead to. earlier: a seed of each budget so far."""
-        budget = self.budgets[stage - 1]
+        size that the best ones so far lead to. earlier: a seed of each budget so far, of the base
+        where the recipe has none; rates of another optimizer are not taken from it."""
+        budget, shares = self.budgets[stage - 1], dict(recipe.shares)
+        rest = shares.get("optimizer.adam_learning_rate", 1.0)
+        of = {
+            f"{n}s": shares.get(f"optimizer.{n}_learning_rate", rest) for n in ("table", "scalar")
+        }
+        varied = recipe.dials(self.dials)
+        settings = {name: share for name, share in of.items() if name in varied}
         known = [(c.budget, c.trial) for c in earlier if c.trial is not None and c.budget]
         if not known:
-            shares, size = dict(recipe.shares), common.centre(budget, self.ratio)
-            rest = shares.get("optimizer.adam_learning_rate", 1.0)
-            varied = recipe.dials(self.dials)
-            of = {"tables": shares.get("optimizer.table_learning_rate", rest),
-                  "scalars": shares.get("optimizer.scalar_learning_rate", rest)}  # fmt: skip
-            return Trial(size, **{name: share for name, share in of.items() if name in varied})
+            return Trial(common.centre(budget, self.ratio), **settings)
+        of = of if recipe.rate is not None and earlier[-1].recipe != recipe.name else {}
+        settings |= {name: getattr(known[-1][1], name) for name in varied if name not in of}
         log_c = [math.log(c) for c, _ in known]
         level = [math.log(t.size) - _SLOPE * c for (_, t), c in zip(known, log_c, strict=True)]
         x, y = fmean(log_c), fmean(level)
         moved = sum((c - x) * (a - y) for c, a in zip(log_c, level, strict=True))
         drift = moved / (sum((c - x) ** 2 for c in log_c) + (_NOISE / _DRIFT) ** 2)
         log_n = y + _SLOPE * math.log(budget) + drift * (math.log(budget) - x)
-        return replace(known[-1][1], size=math.exp(log_n), rate=1.0)
+        return Trial(math.exp(log_n), **settings)
 
     def search(
         self, common: Common, recipe: Recipe, stage: int, earlier: Sequence[Cell] = (),

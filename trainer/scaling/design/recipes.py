@@ -57,8 +57,8 @@ class Recipe:
     first_batch: Positive = 1.0
 
     def common(self, common: Common, earlier: Sequence[Cell] = ()) -> Common:
-        """Return what its cells have in common. earlier: a seed of each budget so far. Raises
-        UserError for a batch of no whole windows, or for sizes without a ratio."""
+        """Return what its cells have in common. earlier: a seed of each budget, or of the base's.
+        Raises UserError for a batch of no whole windows, or for sizes without a ratio."""
         unit, ranks = common.micro_batch, common.ranks
         least = unit * min(1.0, self.batch)
         if least % ranks or least * self.first_batch % ranks:
@@ -71,7 +71,8 @@ class Recipe:
             rule = replace(rule, rate=(self.rate, 0.0, 0.0), highest=max(self.rate, rule.highest))
         aspect = common.aspect * self.aspect
         parts: dict[str, Any] = {"base": self.model, "shares": self.shares, "aspect": aspect}
-        rates = [(c.shape.counts.non_embedding, c.tokens, c.learning_rate) for c in earlier]
+        known = [c for c in earlier if c.recipe == self.name or self.rate is None]
+        rates = [(c.shape.counts.non_embedding, c.tokens, c.learning_rate) for c in known]
         return replace(common, rule=updated_rule(rule, rates), **parts)
 
     def dials(self, names: Sequence[Dial]) -> list[Dial]:

@@ -81,10 +81,11 @@ def _described(best: Cell) -> str:
 
 
 def earlier_seeds(plan: StudyPlan, recipe: str, before: int) -> list[Cell]:
-    """Return a seed of each budget of a recipe whose search has ended, below stage `before`."""
+    """Return a seed of each budget of a recipe whose search has ended, below stage `before`; of the
+    base, if it has none: else the base alone would begin its next search where another ended."""
     seeds = {s.number: c for s in plan.stages if s.exact and s.number < before for c in s.cells
              if c.recipe == recipe and c.role == "seed" and not c.waits_for}  # fmt: skip
-    return [*seeds.values()]
+    return [*seeds.values()] if seeds or recipe == BASE else earlier_seeds(plan, BASE, before)
 
 
 def no_rate(study: Study, number: int, problem: str) -> UserError:
@@ -97,13 +98,11 @@ def _drop(study: Study, number: int, recipe: str, why: str, log: Log) -> None:
     """Drop all later runs of a candidate. Raises UserError for the base."""
     if recipe == BASE:
         raise no_rate(study, number, f"has no learning rate of the base: {why}")
-    stages = [
-        replace(s, cells=tuple(
-            c for c in s.cells
-            if c.recipe != recipe or s.number < number or (s.number == number and not c.waits_for)
-        ))
-        for s in study.plan.stages
-    ]  # fmt: skip
+
+    def stays(c: Cell) -> bool:
+        return c.recipe != recipe or c.stage < number or (c.stage == number and not c.waits_for)
+
+    stages = [replace(s, cells=tuple(filter(stays, s.cells))) for s in study.plan.stages]
     plan = replace(study.plan, stages=tuple(stages))
     study.revise(plan, "recipe_dropped", stage=number, recipe=recipe)
     log(f"{recipe}: {why} in stage {number}; it is left out from here on.")
@@ -143,7 +142,5 @@ def decide_recipes(study: Study, stage: StudyStage, log: Log) -> None:
     cost = sum(c.cost for c in cells)
     exact = replace(stage, cells=cells, low=cost, high=cost, exact=True)
     study.revise(plan.with_exact(exact), "winners_chosen", stage=stage.number, winners=winners)
-    if winners:
-        log(f"Needs less compute than the base so far: {', '.join(winners)}. Fresh seeds follow.")
-    else:
-        log(f"No fresh seeds are needed: {reason.rstrip('.')}.")
+    text = f"Needs less compute than the base so far: {', '.join(winners)}. Fresh seeds follow."
+    log(text if winners else f"No fresh seeds are needed: {reason.rstrip('.')}.")

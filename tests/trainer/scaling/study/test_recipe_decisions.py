@@ -210,7 +210,15 @@ def test_multipliers_are_of_recipes_at_their_best_sizes_and_rates(
     counts = [sum(c.recipe == name for c in study.plan.cells if c.role in ("grid", "rate")
               and c.stage in (2, 3, 4)) for name in BEST]  # fmt: skip
     assert counts[0] == counts[1]
+    # Both go on from the base's search below, but for the rates of another optimizer.
+    first = {c.recipe: c.trial for c in study.plan.stage(2).cells if c.role == "grid"}
+    assert first["new"] == first["base"]
     if is_true:
+        grid, other = study.plan.recipe_grid, replace(study.plan.recipes[1], rate=0.01)
+        seeds = [c for c in study.plan.stage(1).cells if c.role == "seed"]
+        taken = grid.start(common, other, 2, seeds)
+        assert first["base"].tables == seeds[0].trial.tables == 4.0
+        assert taken == replace(first["base"], tables=1.0)
         for c in results.cells:
             assert c.ratio == pytest.approx(BEST[c.recipe][0], rel=0.6)
         # At equal loss the base has more tokens and fewer parameters by what both ratios say.
