@@ -38,7 +38,7 @@ def test_an_export_computes_the_same(gemma, tmp_path, forescale):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     tokens = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(open_run(gemma.path).model()(tokens), model(tokens).logits)
+        assert torch.equal(open_run(gemma.path).model()(tokens), model(tokens).logits)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     end = open_run(gemma.path).identity["dataset"]["end_of_text"]
     assert tokenizer.eos_token_id == model.config.eos_token_id == end
@@ -134,8 +134,7 @@ def test_a_model_without_a_family_here_is_imported_as_its_class_and_fine_tuned(
     shutil.rmtree(tmp_path / "hf")
     tokens = torch.arange(20)[None]
     with torch.no_grad():
-        mine = open_run(tmp_path / "base").model()
-        torch.testing.assert_close(mine(tokens), saved(tokens).logits)
+        assert torch.equal(open_run(tmp_path / "base").model()(tokens), saved(tokens).logits)
     file = write_rows(tmp_path / "sums.jsonl", rows())
     words = (f"data={file}", f"run.root={tmp_path}", f"data.cache={tmp_path}", "prepare_only=true")
     assert forescale("finetune", tmp_path / "base", *words, "run.name=tuned")[0] == 0
@@ -164,7 +163,7 @@ def test_a_masked_model_is_exported_with_its_card_and_gguf_is_refused(
     assert model.config.vocab_size == 301  # the mask token is the last
     tokens = torch.arange(24)[None]
     with torch.no_grad():
-        torch.testing.assert_close(open_run(run.path).model()(tokens), model(tokens).logits)
+        assert torch.equal(open_run(run.path).model()(tokens), model(tokens).logits)
     assert "continues no text" in forescale.refuses("generate", run.path, "prompt=x")
 
 
@@ -184,8 +183,8 @@ def test_an_encoder_decoder_fills_gaps_and_is_exported(small_data, tmp_path, for
     exported = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "hf").eval()
     question, model = question_of(open_run(run.path), text), open_run(run.path).model()
     assert exported.generation_config.decoder_start_token_id == question.start[0]
-    source, start = torch.tensor([question.source]), torch.tensor([question.start])
+    # Several tokens: how a CPU rounds the product of a single row depends on the weights' address.
+    source, start = torch.tensor([question.source]), torch.tensor([[*question.start, 5, 6, 7]])
     with torch.no_grad():
         expected = model(start, cache=model.encode(source))
-        logits = exported(source, decoder_input_ids=start).logits
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)  # aligned otherwise
+        assert torch.equal(exported(source, decoder_input_ids=start).logits, expected)
