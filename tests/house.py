@@ -29,9 +29,9 @@ BANNED = {
 # A change that needs more lines lets others go, or raises the number here and says in its commit
 # which lines it looked at.
 BUDGETS = {
-    "lines of source": 98_298,
-    "lines of tests": 76_402,
-    "lines of the largest room": 16_502,  # scaling/; every other one is below 9,000
+    "lines of source": 98_296,
+    "lines of tests": 76_405,
+    "lines of the largest room": 16_500,  # scaling/; every other one is below 9,000
     "names that name nothing": 0,
     "file names that occur twice below a room": 0,
     "arrows between rooms": 138,

@@ -33,12 +33,7 @@ from forescale.scaling.design.mixtures import mixtures_plan
 from forescale.scaling.design.pilot import PILOT, pilot_cells
 from forescale.scaling.design.plan import SIZES, Grid, Kind, StudyPlan, StudyStage, reserve
 from forescale.scaling.design.recipe_grid import RecipeGrid
-from forescale.scaling.design.recipes import (
-    BASE,
-    Recipe,
-    read_recipes,
-    recipes_of,
-)
+from forescale.scaling.design.recipes import BASE, Recipe, read_recipes, recipes_of
 from forescale.scaling.design.shapes import RATIO, Common
 
 _DRIFT = 2.0  # factor by which the best N may differ from its guess, for the range of costs

@@ -13,6 +13,7 @@ Invariant: all recipes have the same number of runs and of seeds at a budget.
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -102,26 +103,31 @@ class RecipeGrid:
     ) -> Trial:
         """Return the trial that a search begins with: the settings of the budget before, and the
         size that the best ones so far lead to. earlier: a seed of each budget so far, of the base
-        where the recipe has none; rates of another optimizer are not taken from it."""
+        where the recipe has none; rates of another optimizer are not taken from it, and nothing
+        where there is no such run."""
         budget, shares = self.budgets[stage - 1], dict(recipe.shares)
         rest = shares.get("optimizer.adam_learning_rate", 1.0)
-        of = {
-            f"{n}s": shares.get(f"optimizer.{n}_learning_rate", rest) for n in ("table", "scalar")
-        }
         varied = recipe.dials(self.dials)
-        settings = {name: share for name, share in of.items() if name in varied}
+        rates = [str(name) for name in varied if name in ("tables", "scalars")]
+        settings = {n: shares.get(f"optimizer.{n[:-1]}_learning_rate", rest) for n in rates}
         known = [(c.budget, c.trial) for c in earlier if c.trial is not None and c.budget]
         if not known:
             return Trial(common.centre(budget, self.ratio), **settings)
-        of = of if recipe.rate is not None and earlier[-1].recipe != recipe.name else {}
-        settings |= {name: getattr(known[-1][1], name) for name in varied if name not in of}
+        if recipe.rate is not None and earlier[-1].recipe != recipe.name:  # another optimizer
+            varied = [name for name in varied if name not in rates]
+        settings |= {name: getattr(known[-1][1], name) for name in varied}
         log_c = [math.log(c) for c, _ in known]
         level = [math.log(t.size) - _SLOPE * c for (_, t), c in zip(known, log_c, strict=True)]
         x, y = fmean(log_c), fmean(level)
         moved = sum((c - x) * (a - y) for c, a in zip(log_c, level, strict=True))
         drift = moved / (sum((c - x) ** 2 for c in log_c) + (_NOISE / _DRIFT) ** 2)
         log_n = y + _SLOPE * math.log(budget) + drift * (math.log(budget) - x)
-        return Trial(math.exp(log_n), **settings)
+        trial = Trial(math.exp(log_n), **settings)
+        with suppress(UserError):
+            self.cell(common, recipe, stage, trial, earlier)
+            return trial
+        # Such as a quarter, first_batch=0.25, of the base's batch of one window.
+        return self.start(common, recipe, stage)
 
     def search(
         self, common: Common, recipe: Recipe, stage: int, earlier: Sequence[Cell] = (),

@@ -57,7 +57,7 @@ class Recipe:
     first_batch: Positive = 1.0
 
     def common(self, common: Common, earlier: Sequence[Cell] = ()) -> Common:
-        """Return what its cells have in common. earlier: a seed of each budget, or of the base's.
+        """Return what its cells have in common. earlier: a seed of each budget, or of the base.
         Raises UserError for a batch of no whole windows, or for sizes without a ratio."""
         unit, ranks = common.micro_batch, common.ranks
         least = unit * min(1.0, self.batch)

@@ -72,10 +72,7 @@ def provenance(
             versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:  # run from a checkout that isn't installed
             versions.append(f"{name} unknown")
-    rows += [
-        ["Made with", ", ".join(versions)],
-        ["Command", code(shlex.join(command))],
-    ]
+    rows += [["Made with", ", ".join(versions)], ["Command", code(shlex.join(command))]]
     return Section("provenance", "Where the numbers come from", rows=rows)
 
 

@@ -36,14 +36,14 @@ def tune_recipe(study: Study, number: int, name: str, log: Log) -> None:
         return
     excluded = study.excluded()
     tried = {c.trial: math.inf if c.name in excluded else losses[c.name] for c in swept}
-    if grid is None or None in tried:
-        problem = "was planned by an earlier version, whose sweeps this one does not go on with"
-        raise UserError(str(study.folder), problem, "fit it as it is, or plan a new study")
     if {c.name for c in swept} <= excluded:
         _drop(study, number, name, "each of its runs is excluded", log)
         return
     recipe = next(r for r in plan.recipes if r.name == name)
     earlier = earlier_seeds(plan, name, number)
+    if grid is None or grid.start(plan.common, recipe, number, earlier) not in tried:
+        problem = "was planned by an earlier version, whose sweeps this one does not go on with"
+        raise UserError(str(study.folder), problem, "fit it as it is, or plan a new study")
     search = grid.search(plan.common, recipe, number, earlier, tried)  # type: ignore[arg-type]
     if search.pending:
         parts = (plan.common, recipe, number, search.pending, earlier, len(swept))
@@ -142,5 +142,5 @@ def decide_recipes(study: Study, stage: StudyStage, log: Log) -> None:
     cost = sum(c.cost for c in cells)
     exact = replace(stage, cells=cells, low=cost, high=cost, exact=True)
     study.revise(plan.with_exact(exact), "winners_chosen", stage=stage.number, winners=winners)
-    text = f"Needs less compute than the base so far: {', '.join(winners)}. Fresh seeds follow."
-    log(text if winners else f"No fresh seeds are needed: {reason.rstrip('.')}.")
+    some = f"Needs less compute than the base so far: {', '.join(winners)}. Fresh seeds follow."
+    log(some if winners else f"No fresh seeds are needed: {reason.rstrip('.')}.")

@@ -219,6 +219,11 @@ def test_multipliers_are_of_recipes_at_their_best_sizes_and_rates(
         taken = grid.start(common, other, 2, seeds)
         assert first["base"].tables == seeds[0].trial.tables == 4.0
         assert taken == replace(first["base"], tables=1.0)
+        small = [replace(c, trial=replace(c.trial, batch=0.125)) for c in seeds]
+        grows = replace(study.plan.recipes[1], first_batch=0.25)  # of one window: none
+        all_dials = replace(grid, dials=(*grid.dials, "batch"))
+        assert all_dials.start(common, study.plan.recipes[1], 2, small).batch == 0.125
+        assert all_dials.start(common, grows, 2, small).batch == 1.0
         for c in results.cells:
             assert c.ratio == pytest.approx(BEST[c.recipe][0], rel=0.6)
         # At equal loss the base has more tokens and fewer parameters by what both ratios say.
