@@ -84,7 +84,7 @@ class PlanKeys:
     # recipes: YAML file with the arguments of each recipe, as NAME: [KEY=VALUE, ...]; null: those
     # of forescale itself
     recipes: str | None = None
-    fresh: int = key(3, ge=0)  # recipes: fresh seeds that confirm a winner; 0: none
+    fresh: int = key(3, ge=0)  # recipes: fresh seeds of a recipe at each setting; 0: none
     # recipes: budgets of the base alone above the highest, each 2.5 times the one before: the
     # largest multiplier that can be measured is 2.5, or 6.25 with 2 of them
     beyond: int = key(1, ge=1)

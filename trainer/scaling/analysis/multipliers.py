@@ -8,8 +8,8 @@
     other costs  the same for seconds of training, parameters in memory and bytes of text: what the
                  base has of them at C_base(L), by a straight line of logs between its budgets, over
                  what the recipe has. Seconds only of runs under the same conditions
-    confirmed    m of a winner from fresh seeds alone, which no choice has seen: its own, and the
-                 base's at that budget, since its earlier bad luck makes winners too. Its other
+    confirmed    m from fresh seeds alone, which no choice has seen, of both recipes at the settings
+                 of both; each takes its better ones, so that a search's luck helps neither. Other
                  budgets have no fresh seeds, and count as for m
 
 Invariant: all recipes are treated alike; a multiplier below 1 is as much a result as one above.
@@ -124,7 +124,8 @@ class Candidate:
     @property
     def is_winner(self) -> bool:
         """True if it is shown to need less compute at its highest budget, where it has a loss."""
-        return self.top.multiplier.low > 1 and self.top.cell.budget > max(self.lost, default=0.0)
+        known = self.top.confirmed or self.top.multiplier
+        return known.low > 1 and self.top.cell.budget > max(self.lost, default=0.0)
 
 
 class Multipliers:
@@ -147,9 +148,8 @@ class Multipliers:
             problem = f"has {len(of_base)} budgets of {self.base}, which are no curve"
             raise UserError(where, problem, f"train {self.base} at {_BUDGETS} or more")
         self.noise = _noise(self.cells)
-        # First and fresh seeds of the base count together, but not where fresh seeds confirm a
-        # winner, which the base's first ones helped to choose.
-        self._of_base = [np.concatenate((c.logs, c.fresh)) for c in of_base]
+        # First and fresh seeds of the base count together, but not beside another's fresh ones.
+        self._of_base = [[np.concatenate((c.logs, *c.fresh_beside(c)))] for c in of_base]
         self.curve = _curve(of_base, self._of_base)
 
     def of(self, name: str) -> list[RecipeCell]:
@@ -164,19 +164,18 @@ class Multipliers:
         return sorted(candidates, key=lambda c: -(c.mean or c.top.multiplier).value)
 
     def _candidate(self, name: str) -> Candidate:
-        cells, confirmed = self.of(name), dict[int, Ratio]()
-        at, draws = self._logs(cells, [c.logs for c in cells], self._of_base)
-        if again := [i for i, c in enumerate(cells) if c.fresh.size]:
-            base = [c.fresh if c.fresh.size else c.logs for c in self.of(self.base)]
-            fresh = [cells[i] for i in again]
-            ratios = self._ratios(*self._logs(fresh, [c.fresh for c in fresh], base))
-            confirmed = dict(zip(again, ratios, strict=True))
+        cells, base = self.of(name), self.of(self.base)
+        at, draws = self._logs(cells, [[c.logs] for c in cells], self._of_base)
         places, ends = [], np.exp(self.curve.log_flops[[0, -1]])
         for i, (c, ratio) in enumerate(zip(cells, self._ratios(at, draws), strict=True)):
-            reach = float(ends[0] / c.flops), float(ends[1] / c.flops)
-            again_ratio = _within(confirmed[i], reach) if i in confirmed else None
+            reach, confirmed = (float(ends[0] / c.flops), float(ends[1] / c.flops)), None
+            beside = [b for b in base if b.budget == c.budget and b.fresh]
+            if settings := [y for b in beside for y in c.fresh_beside(b)]:
+                of_base = [b.fresh_beside(c) or [b.logs] for b in base]
+                (again,) = self._ratios(*self._logs([c], [settings], of_base))
+                confirmed = _within(again, reach)
             others = self._others(c, at[i], draws[:, i])
-            places.append(Place(c, _within(ratio, reach), reach, again_ratio, others))
+            places.append(Place(c, _within(ratio, reach), reach, confirmed, others))
         lost = tuple(c.budget for c in self.lost if c.recipe == name)
         is_inside = np.isfinite(at)
         if not is_inside.any():
@@ -216,25 +215,25 @@ class Multipliers:
         return others
 
     def _logs(
-        self, cells: Sequence[RecipeCell], logs: Sequence[Array], base: Sequence[Array]
-    ) -> tuple[Array, Array]:
+        self, cells: Sequence[RecipeCell], logs: Sequence[Sequence[Array]],
+        base: Sequence[Sequence[Array]],
+    ) -> tuple[Array, Array]:  # fmt: skip
         """Return log m of each cell, (m,), and of drawn studies, (draws, m). logs, base: the log
-        losses of the runs to take for each cell, and for each budget of the base."""
-        log_c, means = np.log([c.flops for c in cells]), np.array([y.mean() for y in logs])
+        losses of the runs to take for each cell, and for each budget of the base, by their
+        settings."""
+        log_c, means = np.log([c.flops for c in cells]), _lowest(logs)
         curve = _curve(self.of(self.base), base)
         at = curve.log_compute(means) - log_c
         if not self.noise.free:
             return at, np.broadcast_to(at, (_DRAWS, len(at)))
         rng, free = np.random.default_rng(self.job.seed), self.noise.free
-        errors = self.noise.sd * np.sqrt(free / rng.chisquare(free, size=(_DRAWS, 1)))
+        errors = self.noise.sd * np.sqrt(free / rng.chisquare(free, size=_DRAWS))
 
-        def scatter(logs: Sequence[Array]) -> Array:
-            """Return standard normal errors of the means of these runs, in units of the noise."""
-            counts = np.array([len(y) for y in logs])
-            return rng.standard_normal((_DRAWS, len(counts))) / np.sqrt(counts)
+        def drawn(settings: Sequence[Array]) -> Array:
+            noise = [errors * rng.standard_normal(_DRAWS) / np.sqrt(len(y)) for y in settings]
+            return np.min([y.mean() + e for y, e in zip(settings, noise, strict=True)], axis=0)
 
-        nodes = curve.log_losses + errors * scatter(base)
-        moved = means + errors * scatter(logs)
+        nodes, moved = (np.stack([*map(drawn, side)], axis=1) for side in (base, logs))
         return at, curve.log_compute(moved, nodes) - log_c
 
     def _ratios(self, at: Array, draws: Array) -> list[Ratio]:
@@ -283,13 +282,6 @@ class Multipliers:
                     f"{len(c.places)} budgets: there the multiplier is only bounded, and mean and "
                     "trend leave it out."
                 )
-        with_fresh = {c.budget for c in self.of(base) if c.fresh.size}
-        for one in self.candidates:
-            if one.top.confirmed is not None and one.top.cell.budget not in with_fresh:
-                yield (
-                    f"Fresh seeds of {one.name} are compared with runs of {base} that chose it: "
-                    f"train {base} with fresh seeds there too."
-                )
         winners = [c.name for c in self.candidates if c.is_winner and c.top.confirmed is None]
         if winners and len(self.candidates) > 1:
             yield (
@@ -305,13 +297,19 @@ def _within(ratio: Ratio, reach: tuple[float, float]) -> Ratio:
     return Ratio(ratio.value, low, reach[0] if ratio.high == 0 else ratio.high)
 
 
-def _curve(cells: Sequence[RecipeCell], logs: Sequence[Array]) -> BaseCurve:
-    """Return the curve of the base's cells. logs: the log losses of the runs to take for each."""
-    return BaseCurve(np.log([c.flops for c in cells]), np.array([y.mean() for y in logs]))
+def _curve(cells: Sequence[RecipeCell], logs: Sequence[Sequence[Array]]) -> BaseCurve:
+    """Return the curve of the base's cells. logs: the log losses of the runs to take for each, by
+    their settings."""
+    return BaseCurve(np.log([c.flops for c in cells]), _lowest(logs))
+
+
+def _lowest(logs: Sequence[Sequence[Array]]) -> Array:
+    """Return the mean of each cell's runs at its best settings. logs: by cell and settings."""
+    return np.array([min(y.mean() for y in settings) for settings in logs])
 
 
 def _noise(cells: Sequence[RecipeCell]) -> Spread:
-    return Spread.within(y for c in cells for y in (c.logs, c.fresh))
+    return Spread.within(y for c in cells for y in (c.logs, *c.fresh.values()))
 
 
 def _uneven(cells: Sequence[RecipeCell]) -> Iterator[str]:
@@ -382,7 +380,8 @@ def _cell(c: RecipeCell) -> Mapping[str, Any]:
     return {
         "budget": c.budget, "flops": c.flops, "loss": float(np.exp(c.log_loss)),
         "learning_rate": c.learning_rate, "learning_rates": list(c.rates),
-        "is_bracketed": c.is_bracketed, "runs": len(c.logs), "fresh_runs": len(c.fresh),
+        "is_bracketed": c.is_bracketed, "runs": len(c.logs),
+        "fresh_runs": sum(map(len, c.fresh.values())),
         "diverged": c.diverged, "edges": list(c.edges), "tokens_per_parameter": c.ratio,
         "costs": dict(c.costs),
     }  # fmt: skip

@@ -37,15 +37,15 @@ class Cell:
     """A planned run.
 
     role: grid (the law is fitted to these), rate or batch (sweeps), rate-batch (both differ), seed
-    (a repeat), target, confirm (a winning recipe or mixture, with fresh seeds), or pilot (a size
-    of pilot.py).
+    (a repeat), target, confirm (a recipe or winning mixture, with fresh seeds), or pilot (a size of
+    pilot.py).
     tokens = steps x batch; global_batch: windows; micro_batch: those that a rank feeds at once.
     first_batch: windows of the first step, if the batch grows, which it does for ramp_steps.
     flops: of the whole run, by convention; cost: FLOPs that it adds (a branch: its decay alone).
     waits_for: the cells whose losses determine its learning rate; until then it has the rule's.
     trunk, trunk_step: the run that it branches off, and where; branches: steps at which other
     cells branch off it.
-    cell_of: the grid cell that it repeats or varies (its own name for a grid cell).
+    cell_of: the grid cell that it repeats, varies or has the settings of (its own for grid cells).
     seed: of the data order, and of the weights unless init_seed is given.
     rate_factor: its learning rate divided by that of its size; shares: see Common.
     recipe: its recipe's name in a study that compares several; trial: its place in their search;

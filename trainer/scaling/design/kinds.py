@@ -6,7 +6,7 @@
     ladder    sizes times multiples of 20 tokens per parameter; one trunk per size
     list      the given (N, D)
     recipes   one stage per budget of a base and its candidates (recipes.py); later stages are
-              drafts; the last one has fresh seeds for the winners and the base
+              drafts; the last one has fresh seeds of all
     mixtures  one stage of small runs with different shares, and a draft that checks the best ones
               at more compute (mixtures.py)
 
@@ -37,7 +37,7 @@ from forescale.scaling.design.recipes import BASE, Recipe, read_recipes, recipes
 from forescale.scaling.design.shapes import RATIO, Common
 
 _DRIFT = 2.0  # factor by which the best N may differ from its guess, for the range of costs
-_FRESH = 1000  # added to the seed of runs that confirm a winner
+_FRESH = 1000  # added to the seed of runs that confirm a recipe
 # Config keys of a run that its cell sets.
 STUDY_KEYS = frozenset({
     "run.name", "run.root", "run.from.run", "run.from.step", "model", "train.steps",
@@ -186,14 +186,16 @@ def recipes_plan(job: StudyJob, common: Common) -> StudyPlan:
         problem = f"no budget can be as low as {grid.budgets[0]:.3g} FLOPs ({e.where}: {e.problem})"
         raise UserError("plan.cap", problem, "raise it, or plan fewer recipes or budgets") from None
     notes = [
-        _of_searches(grid),
-        f"the last stage has {grid.fresh} fresh seeds of each winner and of the base, if there is "
-        "a winner",
+        f"each recipe has {grid.trials(2)} runs to find its size and settings at the lowest "
+        f"budget, and {grid.trials(3)} at later ones, which begin where earlier ones ended",
+        f"the last stage has {grid.fresh} fresh seeds of each, at its own settings and at the "
+        "base's, and of the base at those of each",
     ]
     notes += [note for stage in stages[1 : grid.top] for note in _without_effect(stage, recipes)]
     if grid.fresh:
         highest = stages[grid.top - 1]
-        most = grid.fresh * sum({c.recipe: c.cost for c in highest.cells}.values())
+        costs = {c.recipe: c.cost for c in highest.cells}
+        most = grid.fresh * (3 * sum(costs.values()) - 2 * costs[BASE])
         stages.append(StudyStage(len(stages) + 1, highest.budget, (), 0.0, most, exact=False))
     cap = keys.cap or 0.0
     return _within_cap(
@@ -216,13 +218,6 @@ def recipe_stage(
     is_exact = stage == 1 or earlier is not None
     budget = grid.budgets[stage - 1]
     return StudyStage(stage, budget, tuple(cells), cost, max(cost, high), is_exact)
-
-
-def _of_searches(grid: RecipeGrid) -> str:
-    """Return a note on the number of runs that tune a recipe."""
-    of = {stage: grid.trials(stage) for stage in (2, 3)}
-    return (f"each recipe has {of[2]} runs to find its size and settings at the lowest budget, and "
-            f"{of[3]} at later ones, which begin where earlier ones ended")  # fmt: skip
 
 
 def _without_effect(stage: StudyStage, recipes: Sequence[Recipe]) -> list[str]:
@@ -248,15 +243,24 @@ def highest_seeds(plan: StudyPlan) -> dict[str, Cell]:
     return {c.recipe: c for c in plan.stage(plan.recipe_grid.top).cells if c.role == "seed"}
 
 
-def fresh_cells(plan: StudyPlan, names: Sequence[str], stage: int) -> tuple[Cell, ...]:
-    """Return the runs that confirm these recipes, and those of the base: copies of their seeds at
-    the highest budget, with seeds that no other run has. names: of `highest_seeds`."""
-    grid, seeds = plan.recipe_grid, highest_seeds(plan)
+def fresh_cells(plan: StudyPlan, stage: int) -> tuple[Cell, ...]:
+    """Return the runs that confirm recipes at the highest budget, with seeds that no other run has:
+    of each and of the base, at its own settings and, where both can be trained so and they differ,
+    at the other's."""
+    grid, best = plan.recipe_grid, highest_seeds(plan)
     assert grid is not None, "a study of recipes has a layout"
+    base, *others = ((r, best[r.name]) for r in plan.recipes if r.name in best)
+    cells = [base[1], *(cell for _, cell in others)] if others else []
+    for one in others:
+        with suppress(UserError):  # such as a quarter of a batch of one window
+            moved = grid.at_settings_of(plan.common, *one, *base)
+            pair = [moved, grid.at_settings_of(plan.common, *base, *one)]
+            if (moved.trial, moved.learning_rate) != (base[1].trial, base[1].learning_rate):
+                cells += pair
     return tuple(
-        replace(seeds[name], name=f"fresh-{name}-seed{i + 1}", stage=stage, role="confirm",
-                seed=plan.common.seed + _FRESH + i)
-        for name in (BASE, *names)
+        replace(c, name=f"fresh-{c.recipe}-at-{c.cell_of}-seed{i + 1}", stage=stage,
+                role="confirm", seed=plan.common.seed + _FRESH + i)
+        for c in cells
         for i in range(grid.fresh)
     )  # fmt: skip
 

@@ -5,6 +5,8 @@
                  highest, each 5/2 of the one before
     a budget     of each recipe a search (search.py) for its best size and settings, and runs with
                  other seeds, which wait for the best of them
+    fresh seeds  at the highest budget of all, of a recipe at its own settings and at the base's, of
+                 the base at those of each, so that no search's luck decides
     settings     up to the lowest budget of all recipes also those of plan.dials, from the base's
                  best below it; later budgets take them over; what a recipe sets itself stays
 
@@ -36,9 +38,9 @@ _ROUNDING = 0.97  # of the cap: budgets round to whole steps
 class RecipeGrid:
     """The layout of a study of recipes. budgets: FLOPs, increasing, those of the base alone at both
     ends; ratio: D/N of the base where a search begins that has no earlier budget; seeds: runs of a
-    recipe at its best trial, below the highest budget and from there on; fresh: runs that confirm a
-    winner; beyond: number of budgets of the base alone at the upper end; sizes: of a budget, from
-    one to the next a factor of `apart`; dials: varied at the first budgets."""
+    recipe at its best trial, below the highest budget and from there on; fresh: runs that confirm
+    it, at each settings; beyond: number of budgets of the base alone at the upper end; sizes: of a
+    budget, from one to the next a factor of `apart`; dials: varied at the first budgets."""
 
     budgets: tuple[Positive, ...]
     ratio: Positive
@@ -52,7 +54,7 @@ class RecipeGrid:
     @classmethod
     def within_cap(cls, keys: PlanKeys, common: Common, recipes: int) -> "RecipeGrid":
         """Return the grid with the most expensive budgets, a factor of `keys.step` apart, that the
-        cap (FLOPs) pays for, whichever trials and winners turn out. recipes: with the base. Raises
+        cap (FLOPs) pays for, whichever trials turn out. recipes: with the base. Raises
         UserError for a number of sizes without a middle, or for an unknown dial."""
         number, beyond, sizes = keys.budgets, keys.beyond, keys.sizes
         if sizes % 2 == 0:
@@ -67,7 +69,7 @@ class RecipeGrid:
         runs = [grid.trials(i + 1) + grid.runs_with_seeds(i + 1) for i in range(len(shares))]
         counts = [1, *[recipes] * number, *[1] * beyond]
         cost = sum(n * k * s for n, k, s in zip(runs, counts, shares, strict=True))
-        top = _ROUNDING * (keys.cap or 0.0) / (cost + keys.fresh * recipes)
+        top = _ROUNDING * (keys.cap or 0.0) / (cost + keys.fresh * (3 * recipes - 2))
         return replace(grid, budgets=tuple(top * s for s in shares))
 
     @property
@@ -176,6 +178,21 @@ class RecipeGrid:
         warmup = round(planned.warmup_steps * trial.warmup)
         warmup = min(max(warmup, min(1, planned.warmup_steps)), planned.steps - planned.decay_steps)
         return replace(planned, recipe=recipe.name, trial=trial, warmup_steps=warmup)
+
+    def at_settings_of(
+        self, common: Common, other: Recipe, best: Cell, recipe: Recipe, tuned: Cell
+    ) -> Cell:
+        """Return the run of a recipe with the size and settings of another's best run, but for what
+        either sets itself, and rates of another optimizer. tuned: its best run. Raises UserError if
+        there is no such run."""
+        assert tuned.trial is not None, "it comes from a search"
+        names = {"size", *recipe.dials(self.dials)} & {"size", *other.dials(self.dials)}
+        rate = best.learning_rate
+        if recipe.rate is not None or other.rate is not None:
+            names, rate = names - {"tables", "scalars"}, tuned.learning_rate
+        trial = replace(tuned.trial, **{name: getattr(best.trial, name) for name in names})
+        cell = self.cell(common, recipe, tuned.stage, trial)
+        return replace(cell, cell_of=best.cell_of, learning_rate=rate)
 
     def cells(
         self, common: Common, recipe: Recipe, stage: int, earlier: Sequence[Cell] = ()

@@ -113,10 +113,7 @@ class Fit:
 
 
 def fit(
-    form: Form,
-    points: Points,
-    objective: Objective | None = None,
-    weights: ArrayLike | None = None,
+    form: Form, points: Points, objective: Objective | None = None, weights: ArrayLike | None = None
 ) -> Fit:
     """Fit a law to runs. weights: (n,), not negative, 1 each by default. Raises UserError if the
     runs don't determine the parameters, or if the weights are invalid."""

@@ -58,7 +58,7 @@ def page(
 def head_of(results: Multipliers) -> str:
     """Return what was compared with what, as a sentence."""
     cells = results.of(results.base)
-    runs = sum(len(c.logs) + len(c.fresh) for c in results.cells)
+    runs = sum(map(len, (y for c in results.cells for y in (c.logs, *c.fresh.values()))))
     noise = f"{results.noise.sd:.2%}" if results.noise.free else "unknown"
     return (
         f"{len(results.candidates)} recipes against {results.base}, which has {len(cells)} budgets "
@@ -74,7 +74,8 @@ def recipe_sections(results: Multipliers) -> list[Section]:
         f"Multiplier: the compute that {results.base} needs for the recipe's loss, over the "
         f"recipe's; above 1 the recipe needs less. Shown for small models, {base[0].flops:.2g} to "
         f"{base[-1].flops:.2g} FLOPs. The trend of a recipe hints at larger models and proves "
-        "nothing about them."
+        "nothing about them. Fresh seeds: both recipes at the settings of both, each by its better "
+        "ones. The other intervals don't know how lucky a search was."
     )
     costs = [_COSTS[name] for name in results.costs]
     columns = ["recipe", "C", "N x D/N", "loss", "multiplier", level, *costs, "fresh seeds", level]
@@ -138,18 +139,16 @@ def _size(c: RecipeCell) -> str:
 def _verdict(one: Candidate, results: Multipliers) -> str:
     """Return in a sentence what is shown about a recipe at its highest budget, and its trend."""
     top, level = one.top, f"{results.job.level:.0%}"
-    value, ends = _value(top.multiplier, top.reach), _interval(top.multiplier)
-    at = f"at {top.cell.budget:.3g} FLOPs"
+    known = top.confirmed or top.multiplier
+    value, ends = _value(known, top.reach), _interval(known)
+    at = f"at {top.cell.budget:.3g} FLOPs{', by fresh seeds' if top.confirmed else ''}"
     if not results.noise.free:
         text = f"{value} times {at}; without repeated runs nothing is shown."
-    elif top.multiplier.includes_one:
+    elif known.includes_one:
         text = f"no difference from {results.base} is shown {at} ({level}: {ends})."
     else:
-        less = "less" if top.multiplier.low > 1 else "more"
+        less = "less" if known.low > 1 else "more"
         text = f"needs {less} compute than {results.base} {at}: {value} ({level}: {ends})."
-    if (fresh := top.confirmed) is not None:
-        holds = "confirm it" if fresh.low > 1 else "do not confirm it"
-        text += f" Fresh seeds {holds}: {_value(fresh, top.reach)} ({_interval(fresh)})."
     if one.trend is None or not results.noise.free:
         return text
     by = f"{one.trend.value:.3g} times a decade ({_interval(one.trend)})"

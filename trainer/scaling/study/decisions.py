@@ -2,7 +2,9 @@
 
     a sweep ended   best rate at an edge -> one more rate on that side, within the stage's cost
                     (rates_added); else the learning rates of the cells that wait (rates_chosen)
-    a law's stage   N* of the parabola of the one before -> its sizes, and the rule of its rates;
+    a law's stage   N* of the parabolas so far -> its sizes, and the rule of its rates; of a budget
+                    without a vertex the best run counts, and it is said, so that sizes move
+                    towards an optimum beyond them, by up to plan.spread a budget;
                     the law of all runs so far -> a forecast of each of its runs
     of recipes      recipe_decisions.py
     of mixtures     once all small runs have ended, larger ones at the best shares by the law, and
@@ -13,9 +15,10 @@ same plan even if the process was killed in between. A forecast is written befor
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 import pandas as pd
 
 from forescale.ground.errors import UserError
@@ -23,7 +26,7 @@ from forescale.scaling.analysis.forecast import read_forecasts, write_forecast
 from forescale.scaling.analysis.mixture_fit import MixtureFit
 from forescale.scaling.analysis.prediction import run_of
 from forescale.scaling.analysis.selection import law_of
-from forescale.scaling.config import TargetPoint
+from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.design.cells import Cell, make_cell
 from forescale.scaling.design.mixtures import check_cells
 from forescale.scaling.design.next_runs import NextRun
@@ -38,6 +41,7 @@ from forescale.scaling.design.tuning import (
     rate_batch_response,
     updated_rule,
 )
+from forescale.scaling.fitting.isoflop import Refusal, Vertex, vertex
 from forescale.scaling.study.contradiction import ask_if_contradicted
 from forescale.scaling.study.directory import TARGET, Study
 from forescale.scaling.study.recipe_decisions import (
@@ -48,7 +52,8 @@ from forescale.scaling.study.recipe_decisions import (
     no_rate,
     tune_recipe,
 )
-from forescale.scaling.study.sizes import optimum, say_if_no_vertex
+
+_SLOPE, _SLOPES = 0.5, (0.3, 0.7)  # exponent of N*(C): before two budgets give one; its limits
 
 
 @dataclass(frozen=True)
@@ -305,6 +310,47 @@ def add_target(study: Study, log: Log) -> None:
         raise UserError("target", problem, "see the reason above")
     stage = StudyStage(number, None, (cell,), cell.cost, cell.cost, exact=True)
     study.revise(study.plan.with_stage(stage), "target_added", stage=number, cell=cell.name)
+
+
+def optimum(table: pd.DataFrame, job: StudyJob) -> Callable[[float], float]:
+    """Return N*(C), a power law through the vertices of the budgets' parabolas. Its exponent is
+    fitted once there are two budgets. Without a valid parabola, the best run of the budget
+    counts."""
+    best = {
+        budget: at.parameters if isinstance(at, Vertex) else lowest
+        for budget, at, lowest in _vertices(table, job)
+    }
+    c, n = np.log(list(best)), np.log(list(best.values()))
+    slope = _SLOPE
+    if len(best) > 1:
+        slope = float(np.clip(np.polyfit(c, n, 1)[0], *_SLOPES))
+    level = float(np.mean(n - slope * c))
+    return lambda flops: float(np.exp(level + slope * math.log(flops)))
+
+
+def _vertices(
+    table: pd.DataFrame, job: StudyJob
+) -> Iterator[tuple[float, Vertex | Refusal, float]]:
+    """Yield each budget, the vertex of its parabola or the refusal, and N of its best run."""
+    runs = table[table["fitted"]]
+    if runs.empty:  # before the first budget of the law: the pilot
+        swept = table[table["role"].isin(("pilot", "rate"))]
+        runs = table.loc[swept.groupby("cell_of")["loss"].idxmin()]
+    for budget, rows in runs.groupby("budget"):
+        n, d = (np.log(rows[c].to_numpy(dtype=float)) for c in (f"parameters_{job.size}", "tokens"))
+        losses, spent = rows["loss"].to_numpy(), rows[f"flops_{job.cost}"].to_numpy()
+        at = vertex(float(budget), n, d, losses, spent)
+        yield float(budget), at, float(np.exp(n[np.argmin(losses)]))
+
+
+def say_if_no_vertex(table: pd.DataFrame, job: StudyJob, log: Log) -> None:
+    """Log that the largest budget so far shows no optimum of N, and where the next sizes are."""
+    *_, (budget, at, lowest) = _vertices(table, job)
+    if isinstance(at, Refusal):
+        log(
+            f"Note: {budget:.3g} FLOPs show no optimum of N: {at.why}. The next sizes are around "
+            f"its best run, N={lowest:,.0f}."
+        )
 
 
 def rule_of(plan: StudyPlan) -> Rule:

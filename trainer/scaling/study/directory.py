@@ -55,8 +55,7 @@ _UNQUOTED = re.compile(r"[\w./ %+-]*")
 _OF_COMMAND = ("launch", "to", "live", "add", "cap", "cells", "why", "run")
 # Keys that only earlier versions have, and those of them that say nothing.
 _GONE = re.compile(
-    r"^(?:json: .*|weights: .*|resample: residuals|task(?:s|_losses):.*(?:\n .*)*)\n",
-    re.MULTILINE,
+    r"^(?:json: .*|weights: .*|resample: residuals|task(?:s|_losses):.*(?:\n .*)*)\n", re.MULTILINE
 )
 _DEFAULTS = ("json: false", "json: true", "weights: none", "tasks: {}", "task_losses: {}")
 TARGET = "target"  # name of the cell whose loss the study predicts

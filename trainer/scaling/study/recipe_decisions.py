@@ -1,11 +1,10 @@
-"""Decides for a study of recipes: the next runs of each search, its end, the next budget, winners.
+"""Decides for a study of recipes: next runs of each search, its end, the next budget, fresh seeds.
 
     trials_added     the runs that a recipe's search asks for next, once those before have ended
     rates_chosen     its best size and settings, which its seeds take
     recipe_dropped   a candidate whose search gave no loss: its later runs are left out
     stage_centred    once all have ended, the searches of the next budget, around the best so far
-    winners_chosen   fresh seeds for recipes whose multiplier is shown to be above 1 at the highest
-                     budget, once all else has ended
+    fresh_planned    fresh seeds at the highest budget, once all else has ended
 
 Invariant: a search is a function of the plan and of the losses, so that the same ones give the same
 runs even if the process was killed in between.
@@ -16,9 +15,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from forescale.ground.errors import UserError
-from forescale.scaling.analysis.multipliers import Multipliers
 from forescale.scaling.design.cells import Cell
-from forescale.scaling.design.kinds import fresh_cells, highest_seeds, recipe_stage
+from forescale.scaling.design.kinds import fresh_cells, recipe_stage
 from forescale.scaling.design.plan import StudyPlan, StudyStage
 from forescale.scaling.design.recipes import BASE
 from forescale.scaling.study.directory import Study
@@ -117,8 +115,8 @@ def are_recipes_due(study: Study, stage: StudyStage) -> bool:
 
 
 def decide_recipes(study: Study, stage: StudyStage, log: Log) -> None:
-    """Make a draft stage exact: the searches of a budget, or fresh seeds for the winners. Raises
-    UserError if it doesn't fit under the cap."""
+    """Make a draft stage exact: the searches of a budget, or fresh seeds. Raises UserError if it
+    doesn't fit under the cap."""
     plan = study.plan
     if stage.cells:
         assert plan.recipe_grid is not None, "a study of recipes has a layout"
@@ -130,17 +128,8 @@ def decide_recipes(study: Study, stage: StudyStage, log: Log) -> None:
         study.revise(plan.with_exact(exact), "stage_centred", stage=stage.number)
         log(f"Stage {stage.number}: {stage.budget:.3g} FLOPs, searches around the best so far.")
         return
-    reason, winners = "no recipe is shown to need less compute than the base", list[str]()
-    try:
-        candidates = Multipliers(study.table(), study.job, str(study.folder)).candidates
-        winners = [c.name for c in candidates if c.is_winner]
-    except UserError as e:
-        reason = str(e)
-    tuned = highest_seeds(plan)  # one that diverged there is no winner there
-    winners = [name for name in winners if name in tuned]
-    cells = fresh_cells(plan, winners, stage.number) if winners else ()
+    cells = fresh_cells(plan, stage.number)
     cost = sum(c.cost for c in cells)
     exact = replace(stage, cells=cells, low=cost, high=cost, exact=True)
-    study.revise(plan.with_exact(exact), "winners_chosen", stage=stage.number, winners=winners)
-    some = f"Needs less compute than the base so far: {', '.join(winners)}. Fresh seeds follow."
-    log(some if winners else f"No fresh seeds are needed: {reason.rstrip('.')}.")
+    study.revise(plan.with_exact(exact), "fresh_planned", stage=stage.number)
+    log(f"Fresh seeds: {len(cells)} runs, of each recipe and of the base at the settings of both.")

@@ -17,7 +17,7 @@ from forescale.scaling.design.shapes import Common
 from forescale.scaling.study import directory
 from forescale.scaling.study.decisions import advance
 from forescale.scaling.study.directory import CellState, Study
-from tests.trainer.scaling.simulated_recipes import BUDGETS, law, runs
+from tests.trainer.scaling.simulated_recipes import law
 
 CAP = 8e12
 
@@ -53,20 +53,43 @@ def tune(study, keep=lambda cell: True, stages=range(99)):
 
 
 @pytest.mark.parametrize("diverged", [False, True])
-def test_a_winner_that_diverged_at_the_highest_budget_gets_no_fresh_seeds(
+def test_a_recipe_that_diverged_at_the_highest_budget_gets_no_fresh_seeds(
     study, monkeypatch, diverged
 ):
-    """It needs less compute at the lower ones; there its sweep is left, without other seeds."""
+    """There its sweep is left, without other seeds."""
     tune(study, lambda c: not diverged or (c.stage, c.recipe, c.role) != (3, "new", "seed"))
-    table = runs(np.random.default_rng(0), {"new": 1.5})
-    is_gone = (table["recipe"] == "new") & (table["flops"] == BUDGETS[-1])
-    monkeypatch.setattr(study, "table", lambda: table[~is_gone] if diverged else table)
     monkeypatch.setattr(study, "states", list)
     advance(study, lambda line: None)
     fresh = [(c.recipe, c.seed) for c in study.plan.stages[-1].cells]
     assert study.plan.stages[-1].exact
     assert [name for name, _ in fresh] == ([] if diverged else ["base", "base", "new", "new"])
     assert len(set(fresh)) == len(fresh)
+
+
+@pytest.mark.parametrize("rate", [None, 0.02])
+def test_fresh_seeds_of_both_have_the_settings_of_both_but_rates_of_another_optimizer(
+    study, monkeypatch, rate
+):
+    tune(study)
+    plan = study.plan
+    grid = replace(plan.recipe_grid, dials=("tables", "batch"))
+    stages = [replace(s, cells=tuple(
+        replace(c, trial=replace(c.trial, batch=4.0, tables=3.0), learning_rate=0.7)
+        if (c.recipe, c.role) == ("new", "seed") else replace(c, trial=replace(c.trial, tables=1.0))
+        for c in s.cells
+    )) for s in plan.stages]  # fmt: skip
+    recipes = (plan.recipes[0], replace(plan.recipes[1], rate=rate))
+    study.revise(replace(plan, stages=tuple(stages), recipe_grid=grid, recipes=recipes), "planned")
+    monkeypatch.setattr(study, "states", list)
+    advance(study, lambda line: None)
+    cells = study.plan.stages[-1].cells
+    planned = {(c.recipe, c.cell_of): c for c in cells}
+    assert len(cells) == 2 * len(planned) == 8
+    base, moved = planned["base", "b3-base"], planned["base", "b3-new"]
+    assert (moved.trial.batch, planned["new", "b3-base"].trial.batch) == (4.0, base.trial.batch)
+    assert planned["new", "b3-base"].global_batch == base.global_batch != moved.global_batch
+    same = planned["new", "b3-new"] if rate is None else base
+    assert (moved.learning_rate, moved.trial.tables) == (same.learning_rate, same.trial.tables)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +214,8 @@ def test_multipliers_are_of_recipes_at_their_best_sizes_and_rates(
         return pd.DataFrame([
             {"recipe": c.recipe, "budget": c.budget, "role": c.role, "loss": simulated_loss(c),
              "learning_rate": c.learning_rate, "edges": c.edges, "flops": c.flops["causal"],
-             "parameters": c.shape.parameters, "tokens": c.tokens, "bytes": c.tokens * 4.0}
+             "parameters": c.shape.parameters, "tokens": c.tokens, "bytes": c.tokens * 4.0,
+             "cell_of": c.cell_of}
             for c in runs()
         ])  # fmt: skip
 
