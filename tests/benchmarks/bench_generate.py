@@ -2,12 +2,13 @@
 same prompts, and the same tokens, of one prompt and of several of different lengths at once.
 
 By the processor's time, in one process. Ours is written as `forescale generate` writes it, also as
-text; transformers' ids stay ids.
+text; transformers' ids stay ids. And a wide model with products of 8 bits, against fp32.
 """
 
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ from tests.benchmarks.processes import isolated
 
 @dataclass(frozen=True)
 class Sizes:
-    """models by name; batches: prompts at once; tokens: of the longest prompt, and written."""
+    """models by name; wide: the one of 8 bits; batches: prompts at once; tokens: of the longest
+    prompt, and written."""
 
     models: dict[str, ModelConfig]
+    wide: ModelConfig
     batches: tuple[int, ...]
     tokens: tuple[int, int]
 
@@ -50,10 +53,11 @@ REAL = Sizes(
         "8 layers of 512": _model(8, 512, 32_768),
         "8 layers of 512, grouped-query": _model(8, 512, 8192, kv_heads=2),
     },
+    _model(4, 2048, 8192),
     (1, 16),
     (64, 192),
 )
-TOY = Sizes({"1 layer of 32": _model(1, 32, 128)}, (1, 3), (8, 6))
+TOY = Sizes({"1 layer of 32": _model(1, 32, 128)}, _model(1, 512, 128), (1, 3), (8, 6))
 
 
 def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
@@ -61,7 +65,7 @@ def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
         isolated(compare, rounds, name, model, batch, *sizes.tokens)
         for name, model in sizes.models.items()
         for batch in sizes.batches
-    ]
+    ] + [isolated(compare_int8, rounds, sizes.wide, n, *sizes.tokens) for n in sizes.batches]
 
 
 def compare(
@@ -104,6 +108,32 @@ def compare(
     labels = ("ours", "transformers")
     where = f"generate, {name}, {batch} at once"
     return Result(where, "tokens/s", labels, rows, "at least 1", {"rows with equal tokens": equal})
+
+
+def compare_int8(
+    rounds: int, config: ModelConfig, batch: int, prompt: int, num_tokens: int
+) -> Result:
+    generation = GenerationConfig(num_tokens, Sampler(temperature=0))
+    size = config.sizes.vocab_size
+    tokenizer = Tokenizer(WordLevel({str(i): i for i in range(size)}, "0"))
+    rows = torch.randint(1, size, (batch, prompt), generator=torch.Generator().manual_seed(1))
+
+    def rate(int8: bool) -> Callable[[], float]:
+        torch.manual_seed(0)
+        model = prepare(Transformer(config).eval(), int8)
+
+        def spend() -> float:
+            questions = [Question("", "", row, row, -1, "document", 1024) for row in rows.tolist()]
+            began = time.process_time()
+            answers = [Answer(tokenizer, question, generation, 0) for question in questions]
+            assert len(list(complete(model, answers, batch))) == batch
+            return batch * num_tokens / (time.process_time() - began)
+
+        return spend
+
+    name = f"generate, {config.sizes.num_layers} layers of {config.sizes.width}, {batch} at once"
+    sides = interleaved(rounds, rate(True), rate(False))
+    return Result(name, "tokens/s", ("int8", "fp32"), sides)
 
 
 def exported(model: Transformer) -> Any:
