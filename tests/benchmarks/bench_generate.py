@@ -65,7 +65,7 @@ def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
         isolated(compare, rounds, name, model, batch, *sizes.tokens)
         for name, model in sizes.models.items()
         for batch in sizes.batches
-    ] + [isolated(compare_int8, rounds, sizes.wide, n, *sizes.tokens) for n in sizes.batches]
+    ] + [isolated(compare_int8, rounds, sizes.wide, n) for n in sizes.batches]
 
 
 def compare(
@@ -111,7 +111,7 @@ def compare(
 
 
 def compare_int8(
-    rounds: int, config: ModelConfig, batch: int, prompt: int, num_tokens: int
+    rounds: int, config: ModelConfig, batch: int, prompt: int = 32, num_tokens: int = 24
 ) -> Result:
     generation = GenerationConfig(num_tokens, Sampler(temperature=0))
     size = config.sizes.vocab_size
