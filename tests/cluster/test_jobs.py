@@ -45,7 +45,9 @@ def test_a_job_from_its_submission_to_its_end(job, lab, tmp_path):
     assert "== Attempt 1 ended: done." in log
     assert "2 nodes passed the preflight" in job.forescale("logs", "small", "rank=null")
     (life,) = job.lives()
-    assert (life["slurm"]["job"], life["slurm"]["nodes"]) == (job.id, ["n1", "n2"])
+    (allotted,) = re.findall(r"\bNodeList=(\S+)", lab.run("scontrol", "show", "job", job.id))
+    nodes = lab.run("scontrol", "show", "hostnames", allotted).split()
+    assert (life["slurm"]["job"], life["slurm"]["nodes"], len(nodes)) == (job.id, nodes, 2)
     assert re.search(r"small +complete", job.forescale("status"))
     assert f"Mirrored to {tmp_path / 'mirror' / 'small'} up to step 60." in job.log
     # Submitted once more, though scratch was purged meanwhile, there is nothing to do.

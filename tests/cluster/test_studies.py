@@ -61,8 +61,8 @@ def test_a_trial_in_the_queue_goes_on_where_its_command_was_stopped(job, lab, da
     words += [f"submit={options}", "--", "model.mlp=gelu"]
     command = [sys.executable, "-P", "-m", "forescale", *words]
     keys = {"cwd": job.root.parent, "env": {"OMP_NUM_THREADS": "1"}}
-    lab.run("timeout", "-s", "INT", "20", *command, check=False, **keys)
-    printed = lab.run(*command, **keys, seconds=300)
+    printed = lab.run("timeout", "-s", "INT", "20", *command, check=False, **keys)
+    printed += lab.run(*command, **keys, seconds=300)
     assert "gelu, first seeds, pair 2: " in printed
     campaign = job.root.parent / "campaigns/first"
     submitted = [path.read_text() for path in sorted((campaign / "waves").glob("*.txt"))]
