@@ -80,7 +80,7 @@ StudyEvent = TypedDict(  # noqa: UP013
 class CellState:
     """The state of a cell. loss: validation loss of its last step, nan if it diverged; spent: FLOPs
     so far, including lost steps (a branch: since its trunk); done: share of its steps; seconds:
-    wall clock; why: the reason if it ended without a loss."""
+    in which it was running; why: the reason if it ended without a loss."""
 
     cell: Cell
     status: CellStatus
@@ -125,7 +125,7 @@ def _state(cell: Cell, run: Run, events: Sequence[StudyEvent], cost: str) -> Cel
         "ready",
         spent=max(0, windows) * job.tokens_per_window * per,
         done=view.step / job.total_steps,
-        seconds=view.goodput.wall,
+        seconds=view.goodput.alive,
     )
     if (score := view.validation) and score["step"] == job.total_steps:
         state = replace(state, loss=score["loss"])

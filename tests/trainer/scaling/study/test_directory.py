@@ -9,6 +9,8 @@ import pytest
 from forescale import cli
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
+from forescale.ground.storage import write_checked_json
+from forescale.resilience.outcome import LAUNCH
 from forescale.run.directory import Run
 from forescale.scaling.config import PlanKeys, StudyJob
 from forescale.scaling.design.plan import StudyPlan, StudyStage
@@ -143,6 +145,16 @@ def test_a_cell_whose_last_row_comes_while_it_is_looked_at_is_complete(little, m
 
     monkeypatch.setattr(Run, "is_evaluated", after_the_row)
     assert state(folder, cell).status == "complete"
+
+
+def test_a_cell_takes_no_time_while_its_study_is_stopped(little):
+    run, folder = little
+    assert run("launch") == 0
+    cell_run = Study(folder).run("r0")
+    first, second = cell_run.attempts()[0], cell_run.new_attempt()
+    write_checked_json(first.path / LAUNCH, {"begun": 1e9, "ended": 1e9 + 10, "code": 75})
+    write_checked_json(second.path / LAUNCH, {"begun": 1e9 + 5000, "ended": 1e9 + 5020, "code": 0})
+    assert state(folder, "r0").seconds == pytest.approx(30)
 
 
 def test_a_cell_that_crashes_three_times_has_failed(little, fake_training):
