@@ -18,7 +18,7 @@ from torch import Tensor
 
 from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
-from forescale.models.hf.config_json import check_types, of_paths, only, require
+from forescale.models.hf.config_json import WrongValue, check_types, of_paths, only, require
 from forescale.models.hf.families import pairs, plain
 from forescale.models.hf.fit import differing
 from forescale.models.hf.piece import Piece, exported
@@ -214,6 +214,10 @@ def _t5_from_hf(base: ModelConfig, hf: dict[str, Any]) -> ModelConfig:
     require(isinstance(kind, str) and kind in kinds, "feed_forward_proj", kind)
     only(hf, "is_encoder_decoder", True)
     buckets = hf.get("relative_attention_num_buckets", 32)
+    farthest = hf.get("relative_attention_max_distance", 128)
+    if farthest <= buckets // 2:  # T5 of transformers divides by log(farthest / (buckets // 2))
+        problem = f"half of its {buckets} buckets are for near distances"
+        raise WrongValue(f"its relative_attention_max_distance is {farthest}, and {problem}.")
     width, heads, per_head = hf["d_model"], hf["num_heads"], hf["d_kv"]
     longest = hf.get("n_positions", _T5_LENGTH)
     return replace(
@@ -224,7 +228,7 @@ def _t5_from_hf(base: ModelConfig, hf: dict[str, Any]) -> ModelConfig:
         num_layers=hf.get("num_decoder_layers") or hf["num_layers"],
         mlp=of_paths({"mlp": kinds[kind]}).mlp,
         mixer=Attention(**vars(base.mixer) | {"score_dim": 1.0}),  # not divided
-        position=Relative(buckets, hf.get("relative_attention_max_distance", 128)),
+        position=Relative(buckets, farthest),
         norm=replace(base.norm, eps=hf.get("layer_norm_epsilon", 1e-6)),
         dropout=hf.get("dropout_rate", 0.1),
         max_sequence_length=2 * longest,

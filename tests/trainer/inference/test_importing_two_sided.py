@@ -245,6 +245,7 @@ def test_an_encoder_comes_in_with_its_mask_token(folder_of, tmp_path, forescale)
         ("t5", {"num_layers": 10**12}),  # which would be built for hours
         ("t5", {"n_positions": "512"}),
         ("t5", {"dropout_rate": float("nan")}),
+        ("t5", {"relative_attention_max_distance": 4, "relative_attention_num_buckets": 8}),
         ("bert", {"num_hidden_layers": -4}),
     ],
 )
