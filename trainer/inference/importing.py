@@ -48,6 +48,7 @@ from forescale.run.start import versions, with_its_config
 
 _LONGEST = 1 << 15  # tokens, of a class without positions; any number would do
 # Keys of config.json, of ids that may stand between a source and its answer.
+_GENERATION = "generation_config.json"
 _BEGINNINGS = ("decoder_start_token_id", "pad_token_id", "bos_token_id")
 _LONGEST_SOURCE = 512  # of T5's kin
 
@@ -277,18 +278,29 @@ def _job(
         if (mask := mask_id(vocabulary.load())) is not None:
             words += [f"objective.mask_token={mask}"]
     if imported.reads == "source":
-        tokenizer = vocabulary.load()
-        before, behind = framing(tokenizer)
-        ids = [directory.config.get(key) for key in _BEGINNINGS] + [*range(vocabulary.size)]
-        declared = directory.config.get(_BEGINNINGS[0])
-        is_token = type(declared) is int and 0 <= declared < vocabulary.size
-        if declared is not None and not is_token:
-            problem = f"its {_BEGINNINGS[0]} is {as_text(declared)}, no token of its tokenizer"
-            raise UserError(str(directory.config_path), problem, "correct it; nothing was written")
-        around = {*before, *behind, vocabulary.end}
-        known = [i for i in ids if type(i) is int and 0 <= i < vocabulary.size]
-        first = next(i for i in known if i not in around)
-        words += ["objective=pairs", f"objective.separator='{first}'", "objective.framed=true"]
+        separator = _separator(directory, vocabulary)
+        words += ["objective=pairs", f"objective.separator='{separator}'", "objective.framed=true"]
     job = compose(TrainJob, words)
     train = replace(job.train, sequence_length=imported.longest)
     return replace(job, model=imported.model, train=train)
+
+
+def _separator(directory: HfDirectory | GgufFile, vocabulary: Vocabulary) -> int:
+    """Return the token that ends the sources of pairs: the one with which targets begin. Raises
+    UserError if the files declare a beginning that is no token."""
+    generation = directory.small_files.get(_GENERATION, {})
+    places = (directory.config_path, directory.config), (directory.path / _GENERATION, generation)
+    for source, config in places:
+        for key in (_BEGINNINGS[0], "forced_bos_token_id"):
+            token = config.get(key)
+            if token is not None and not _is_token(token, vocabulary):
+                problem = f"its {key} is {as_text(token)}, no token of its tokenizer"
+                raise UserError(str(source), problem, "correct it; nothing was written")
+    ids = [directory.config.get(key) for key in _BEGINNINGS] + [*range(vocabulary.size)]
+    before, behind = framing(vocabulary.load())
+    around = {*before, *behind, vocabulary.end}
+    return next(i for i in ids if _is_token(i, vocabulary) and i not in around)
+
+
+def _is_token(value: Any, vocabulary: Vocabulary) -> bool:
+    return type(value) is int and 0 <= value < vocabulary.size

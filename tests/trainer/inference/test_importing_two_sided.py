@@ -272,6 +272,7 @@ def test_a_value_that_no_model_has_is_not_given_to_its_class(
         ("bart", {"encoder_ffn_dim": 31}, "other shapes than its weights"),
         ("t5", {"decoder_start_token_id": 10**9}, "no token of its tokenizer"),
         ("t5", {"decoder_start_token_id": "1"}, "no token of its tokenizer"),
+        ("bart", {"forced_bos_token_id": -1}, "no token of its tokenizer"),
     ],
 )
 def test_a_config_that_its_files_contradict_is_refused(
@@ -282,4 +283,14 @@ def test_a_config_that_its_files_contradict_is_refused(
     (folder / "config.json").write_text(json.dumps(config | change))
     code, _, err = forescale("import", "hf", folder, "it", f"run.root={tmp_path}")
     assert (code, problem in err) == (2, True), err
+    assert not (tmp_path / "it").exists()
+
+
+@pytest.mark.parametrize("key", ["decoder_start_token_id", "forced_bos_token_id"])
+def test_a_beginning_of_answers_that_is_no_token_is_refused(key, folder_of, tmp_path, forescale):
+    folder, _ = folder_of("t5")
+    (folder / "generation_config.json").write_text(json.dumps({key: 10**9}))
+    code, _, err = forescale("import", "hf", folder, "it", f"run.root={tmp_path}")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert f"generation_config.json: its {key} is 1000000000, no token of its tokenizer" in err
     assert not (tmp_path / "it").exists()
