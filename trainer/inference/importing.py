@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from forescale.checkpoint.writer import Fragment, unread_weight, write_weights
 from forescale.config.compose import compose
@@ -302,5 +302,5 @@ def _separator(directory: HfDirectory | GgufFile, vocabulary: Vocabulary) -> int
     return next(i for i in ids if _is_token(i, vocabulary) and i not in around)
 
 
-def _is_token(value: Any, vocabulary: Vocabulary) -> bool:
+def _is_token(value: Any, vocabulary: Vocabulary) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < vocabulary.size
