@@ -47,8 +47,8 @@ from forescale.run.identity import code_and_id
 from forescale.run.start import versions, with_its_config
 
 _LONGEST = 1 << 15  # tokens, of a class without positions; any number would do
-# Keys of config.json, of ids that may stand between a source and its answer.
 _GENERATION = "generation_config.json"
+# Keys of config.json, of ids that may stand between a source and its answer.
 _BEGINNINGS = ("decoder_start_token_id", "pad_token_id", "bos_token_id")
 _LONGEST_SOURCE = 512  # of T5's kin
 
