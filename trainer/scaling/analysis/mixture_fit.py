@@ -20,8 +20,7 @@ import pandas as pd
 from scipy.special import ndtr, stdtrit
 
 from forescale.ground.errors import UserError
-from forescale.scaling.analysis.ratio import Ratio
-from forescale.scaling.analysis.spread import Spread
+from forescale.scaling.analysis.ratio import Ratio, Spread
 from forescale.scaling.config import StudyJob
 from forescale.scaling.fitting.mixing import (
     BEST,

@@ -8,9 +8,9 @@
     other costs  the same for seconds of training, parameters in memory and bytes of text: what the
                  base has of them at C_base(L), by a straight line of logs between its budgets, over
                  what the recipe has. Seconds only of runs under the same conditions
-    confirmed    m from fresh seeds alone, which no choice has seen, of both recipes at the settings
-                 of both; each takes its better ones, so that a search's luck helps neither. Other
-                 budgets have no fresh seeds, and count as for m
+    confirmed    m from seeds of both that no choice has seen, at the settings that earlier fresh
+                 seeds chose (design/kinds.py), so that no search's luck decides: the compute at
+                 which the curve has the recipe's loss, over that at which it has the base's
 
 Invariant: all recipes are treated alike; a multiplier below 1 is as much a result as one above.
 """
@@ -25,9 +25,8 @@ import pandas as pd
 from scipy.optimize import isotonic_regression
 
 from forescale.ground.errors import UserError
-from forescale.scaling.analysis.ratio import Ratio
+from forescale.scaling.analysis.ratio import Ratio, Spread
 from forescale.scaling.analysis.recipe_cells import COSTS, RecipeCell, cells_of
-from forescale.scaling.analysis.spread import Spread
 from forescale.scaling.config import StudyJob
 from forescale.scaling.fitting.points import Array
 
@@ -148,9 +147,9 @@ class Multipliers:
             problem = f"has {len(of_base)} budgets of {self.base}, which are no curve"
             raise UserError(where, problem, f"train {self.base} at {_BUDGETS} or more")
         self.noise = _noise(self.cells)
-        # First and fresh seeds of the base count together, but not beside another's fresh ones.
-        self._of_base = [[np.concatenate((c.logs, *c.fresh_beside(c)))] for c in of_base]
-        self.curve = _curve(of_base, self._of_base)
+        # Not of its fresh seeds, which may have other settings than its own search's.
+        means = np.array([c.log_loss for c in of_base])
+        self.curve = BaseCurve(np.log([c.flops for c in of_base]), means)
 
     def of(self, name: str) -> list[RecipeCell]:
         """Return the cells of a recipe, by compute."""
@@ -164,16 +163,13 @@ class Multipliers:
         return sorted(candidates, key=lambda c: -(c.mean or c.top.multiplier).value)
 
     def _candidate(self, name: str) -> Candidate:
-        cells, base = self.of(name), self.of(self.base)
-        at, draws = self._logs(cells, [[c.logs] for c in cells], self._of_base)
+        cells, base = self.of(name), {b.budget: b for b in self.of(self.base) if b.fresh.size}
+        at, draws = self._logs(cells, [c.logs for c in cells])
         places, ends = [], np.exp(self.curve.log_flops[[0, -1]])
         for i, (c, ratio) in enumerate(zip(cells, self._ratios(at, draws), strict=True)):
-            reach, confirmed = (float(ends[0] / c.flops), float(ends[1] / c.flops)), None
-            beside = [b for b in base if b.budget == c.budget and b.fresh]
-            if settings := [y for b in beside for y in c.fresh_beside(b)]:
-                of_base = [b.fresh_beside(c) or [b.logs] for b in base]
-                (again,) = self._ratios(*self._logs([c], [settings], of_base))
-                confirmed = _within(again, reach)
+            reach = float(ends[0] / c.flops), float(ends[1] / c.flops)
+            is_confirmed = c.fresh.size and c.budget in base
+            confirmed = self._confirmed(c, base[c.budget]) if is_confirmed else None
             others = self._others(c, at[i], draws[:, i])
             places.append(Place(c, _within(ratio, reach), reach, confirmed, others))
         lost = tuple(c.budget for c in self.lost if c.recipe == name)
@@ -189,6 +185,16 @@ class Multipliers:
             weights = (x - x.mean()) / np.square(x - x.mean()).sum() * _DECADE
             (trend,) = self._ratios((at @ weights)[None], (draws @ weights)[:, None])
         return Candidate(name, tuple(places), mean, trend, lost)
+
+    def _confirmed(self, cell: RecipeCell, base: RecipeCell) -> Ratio:
+        """Return the multiplier by fresh seeds of both: of the compute at which the curve has the
+        loss of each, so that searches that ended differently at other budgets don't bend it."""
+        at, draws = self._logs([cell, base], [cell.fresh, base.fresh])
+        ends = self.curve.log_flops[[0, -1]] - np.log(base.flops)
+        at_base, of_base = np.clip(at[1:], *ends), np.clip(draws[:, 1:], *ends)
+        (ratio,) = self._ratios(at[:1] - at_base, draws[:, :1] - of_base)
+        low, high = np.exp(ends + np.log(base.flops / cell.flops) - at_base)
+        return _within(ratio, (float(low), float(high)))
 
     @cached_property
     def costs(self) -> list[str]:
@@ -214,27 +220,24 @@ class Multipliers:
             others[name] = _within(ratio, (float(first), float(last)))
         return others
 
-    def _logs(
-        self, cells: Sequence[RecipeCell], logs: Sequence[Sequence[Array]],
-        base: Sequence[Sequence[Array]],
-    ) -> tuple[Array, Array]:  # fmt: skip
-        """Return log m of each cell, (m,), and of drawn studies, (draws, m). logs, base: the log
-        losses of the runs to take for each cell, and for each budget of the base, by their
-        settings."""
-        log_c, means = np.log([c.flops for c in cells]), _lowest(logs)
-        curve = _curve(self.of(self.base), base)
-        at = curve.log_compute(means) - log_c
+    def _logs(self, cells: Sequence[RecipeCell], logs: Sequence[Array]) -> tuple[Array, Array]:
+        """Return log m of each cell, (m,), and of drawn studies, (draws, m). logs: the log losses
+        of the runs to take for each cell."""
+        log_c, means = np.log([c.flops for c in cells]), np.array([y.mean() for y in logs])
+        at = self.curve.log_compute(means) - log_c
         if not self.noise.free:
             return at, np.broadcast_to(at, (_DRAWS, len(at)))
         rng, free = np.random.default_rng(self.job.seed), self.noise.free
-        errors = self.noise.sd * np.sqrt(free / rng.chisquare(free, size=_DRAWS))
+        errors = self.noise.sd * np.sqrt(free / rng.chisquare(free, size=(_DRAWS, 1)))
 
-        def drawn(settings: Sequence[Array]) -> Array:
-            noise = [errors * rng.standard_normal(_DRAWS) / np.sqrt(len(y)) for y in settings]
-            return np.min([y.mean() + e for y, e in zip(settings, noise, strict=True)], axis=0)
+        def scatter(logs: Sequence[Array]) -> Array:
+            """Return standard normal errors of the means of these runs, in units of the noise."""
+            counts = np.array([len(y) for y in logs])
+            return rng.standard_normal((_DRAWS, len(counts))) / np.sqrt(counts)
 
-        nodes, moved = (np.stack([*map(drawn, side)], axis=1) for side in (base, logs))
-        return at, curve.log_compute(moved, nodes) - log_c
+        nodes = self.curve.log_losses + errors * scatter([c.logs for c in self.of(self.base)])
+        moved = means + errors * scatter(logs)
+        return at, self.curve.log_compute(moved, nodes) - log_c
 
     def _ratios(self, at: Array, draws: Array) -> list[Ratio]:
         """Return exp of the values with intervals. at: (m,); draws: (draws, m)."""
@@ -253,10 +256,7 @@ class Multipliers:
     def _doubts(self) -> Iterator[str]:
         base, free = self.base, self.noise.free
         if not free:
-            yield (
-                "No run was repeated with another seed: the noise of the losses, and so the "
-                "intervals, are unknown."
-            )
+            yield "No run was repeated with another seed: noise, and so intervals, are unknown."
         elif free < 6:
             yield (
                 f"The noise of seeds has {free} degrees of freedom: the intervals are wide because "
@@ -297,19 +297,8 @@ def _within(ratio: Ratio, reach: tuple[float, float]) -> Ratio:
     return Ratio(ratio.value, low, reach[0] if ratio.high == 0 else ratio.high)
 
 
-def _curve(cells: Sequence[RecipeCell], logs: Sequence[Sequence[Array]]) -> BaseCurve:
-    """Return the curve of the base's cells. logs: the log losses of the runs to take for each, by
-    their settings."""
-    return BaseCurve(np.log([c.flops for c in cells]), _lowest(logs))
-
-
-def _lowest(logs: Sequence[Sequence[Array]]) -> Array:
-    """Return the mean of each cell's runs at its best settings. logs: by cell and settings."""
-    return np.array([min(y.mean() for y in settings) for settings in logs])
-
-
 def _noise(cells: Sequence[RecipeCell]) -> Spread:
-    return Spread.within(y for c in cells for y in (c.logs, *c.fresh.values()))
+    return Spread.within(y for c in cells for y in (c.logs, c.fresh))
 
 
 def _uneven(cells: Sequence[RecipeCell]) -> Iterator[str]:
@@ -380,8 +369,7 @@ def _cell(c: RecipeCell) -> Mapping[str, Any]:
     return {
         "budget": c.budget, "flops": c.flops, "loss": float(np.exp(c.log_loss)),
         "learning_rate": c.learning_rate, "learning_rates": list(c.rates),
-        "is_bracketed": c.is_bracketed, "runs": len(c.logs),
-        "fresh_runs": sum(map(len, c.fresh.values())),
+        "is_bracketed": c.is_bracketed, "runs": len(c.logs), "fresh_runs": len(c.fresh),
         "diverged": c.diverged, "edges": list(c.edges), "tokens_per_parameter": c.ratio,
         "costs": dict(c.costs),
     }  # fmt: skip

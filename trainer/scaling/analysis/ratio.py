@@ -1,17 +1,36 @@
-"""A ratio of two independent estimates, with its interval.
+"""A ratio of two independent estimates with its interval, and the spread of runs by their seed.
 
     log ratio    a - b; each of a and b has an interval of its own, which need not be symmetric
     its ends     by the square-and-add rule of Zou and Donner 2008 (Statistics in Medicine 27, 1693)
+    spread       without the standard error of a held-out loss: all runs share its windows
 
 Invariant: exchanging the two gives exactly the inverse, with the inverse ends.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from forescale.scaling.fitting.points import Array
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A standard deviation of log loss over seeds, and its degrees of freedom (`free`); nan and 0
+    without repeated runs."""
+
+    sd: float
+    free: int
+
+    @classmethod
+    def within(cls, groups: Iterable[Array]) -> "Spread":
+        """Return the spread of log losses within groups, pooled over them."""
+        repeated = [y for y in groups if len(y) > 1]
+        free = sum(len(y) - 1 for y in repeated)
+        squares = sum(float(np.square(y - y.mean()).sum()) for y in repeated)
+        return cls(float(np.sqrt(squares / free)) if free else float("nan"), free)
 
 
 @dataclass(frozen=True)

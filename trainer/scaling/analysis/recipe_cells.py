@@ -37,10 +37,9 @@ _FREE = ("parametrization",)  # of HELD, what a recipe may change: the losses st
 class RecipeCell:
     """A recipe at one budget.
 
-    flops: mean C of its runs; logs: (n,), log losses of the runs at its learning rate; of: the grid
-    cell that they repeat, "" where a table doesn't tell; fresh: log losses of the runs that confirm
-    it, by the grid cell whose settings they have; rates: all tried learning rates, by value;
-    is_bracketed: None if fewer than three were tried; diverged: number of runs without a loss.
+    flops: mean C of its runs; logs: (n,), log losses of the runs at its learning rate; fresh: log
+    losses of the runs that confirm it; rates: all tried learning rates, by value; is_bracketed:
+    None if fewer than three were tried; diverged: number of runs without a finite loss.
     costs: by COSTS, as far as all its runs have them; size, ratio: N and D/N; sizes: number of
     sizes that were tried, 0 if they aren't known; clocks: the different conditions under which its
     seconds ran.
@@ -51,7 +50,7 @@ class RecipeCell:
     flops: float
     learning_rate: float
     logs: Array
-    fresh: Mapping[str, Array]
+    fresh: Array
     rates: tuple[float, ...]
     is_bracketed: bool | None
     diverged: int
@@ -61,19 +60,11 @@ class RecipeCell:
     ratio: float | None = None
     sizes: int = 0
     clocks: frozenset[str] = frozenset()
-    of: str = ""
 
     @property
     def log_loss(self) -> float:
         """The mean log loss of its runs."""
         return float(self.logs.mean())
-
-    def fresh_beside(self, other: "RecipeCell") -> list[Array]:
-        """Return its fresh log losses at its own settings, and at another's if both have some
-        there; none without any."""
-        is_crossed = self.of in other.fresh and other.of in self.fresh
-        every = dict.fromkeys((self.of, other.of) if is_crossed else (self.of,))
-        return [self.fresh[at] for at in every if at in self.fresh]
 
 
 @dataclass(frozen=True)
@@ -164,8 +155,7 @@ def _cell(recipe: str, budget: float, rows: pd.DataFrame) -> RecipeCell | LostCe
         is_bracketed = "rate" not in edges
     elif _is_bracketed(swept, "_size") is False:
         edges = ("size",)
-    cell_of = rows.get("cell_of", pd.Series("", rows.index))
-    confirmed = np.log(rows["loss"][is_fresh & is_finite]).groupby(cell_of)
+    fresh = np.log(rows["loss"][is_fresh & is_finite].to_numpy())
     best = runs[(runs["_rate"] == rate) & (runs["_size"] == size)]
     names = {of: next((c for c in columns if c in rows), None) for of, columns in COSTS.items()}
     known = {of: float(best[c].mean(skipna=False)) for of, c in names.items() if c}
@@ -174,10 +164,9 @@ def _cell(recipe: str, budget: float, rows: pd.DataFrame) -> RecipeCell | LostCe
     clocks = frozenset(", ".join(map(str, row)) for row in conditions)
     return RecipeCell(
         recipe, budget, float(best["_cost"].mean()), float(rate),
-        logs[best.index].to_numpy(), {str(at): y.to_numpy() for at, y in confirmed},
+        logs[best.index].to_numpy(), fresh,
         tuple(sorted(rows["_rate"].unique())), is_bracketed, int((~is_finite).sum()), edges,
         {of: x for of, x in known.items() if 0 < x < np.inf}, size, ratio, sizes, clocks,
-        str(cell_of[best.index[0]]),
     )  # fmt: skip
 
 

@@ -29,7 +29,9 @@ UNRULED = "batch and learning rate outside the range of their rule"  # a flag
 # Limits of the flags: fewest steps, shortest warm-up, its largest share of the run, and the largest
 # relative change of D by rounding to whole steps.
 _STEPS, _WARMUP, _LONG, _ROUNDED = 500, 20, 0.1, 0.02
-Role = Literal["grid", "rate", "batch", "rate-batch", "seed", "target", "confirm", "pilot"]
+Role = Literal[
+    "grid", "rate", "batch", "rate-batch", "seed", "target", "crossed", "confirm", "pilot"
+]
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Cell:
     """A planned run.
 
     role: grid (the law is fitted to these), rate or batch (sweeps), rate-batch (both differ), seed
-    (a repeat), target, confirm (a recipe or winning mixture, with fresh seeds), or pilot (a size of
-    pilot.py).
+    (a repeat), target, crossed (of a recipe at its own or another's settings, to choose between
+    them), confirm (a recipe or winning mixture, with fresh seeds), or pilot (a size of pilot.py).
     tokens = steps x batch; global_batch: windows; micro_batch: those that a rank feeds at once.
     first_batch: windows of the first step, if the batch grows, which it does for ramp_steps.
     flops: of the whole run, by convention; cost: FLOPs that it adds (a branch: its decay alone).

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import permutations
 from statistics import geometric_mean
 
 from forescale.ground.errors import UserError
@@ -24,6 +25,7 @@ from forescale.scaling.config import StudyJob
 from forescale.scaling.design.cells import (
     UNRULED,
     Cell,
+    Role,
     make_cell,
     seed_repeats,
     share_trunks,
@@ -188,14 +190,14 @@ def recipes_plan(job: StudyJob, common: Common) -> StudyPlan:
     notes = [
         f"each recipe has {grid.trials(2)} runs to find its size and settings at the lowest "
         f"budget, and {grid.trials(3)} at later ones, which begin where earlier ones ended",
-        f"the last stage has {grid.fresh} fresh seeds of each, at its own settings and at the "
-        "base's, and of the base at those of each",
+        f"the last stage has {grid.fresh} fresh seeds of each at its own and others' settings, and "
+        "as many others at the best of these, which alone count",
     ]
     notes += [note for stage in stages[1 : grid.top] for note in _without_effect(stage, recipes)]
     if grid.fresh:
         highest = stages[grid.top - 1]
         costs = {c.recipe: c.cost for c in highest.cells}
-        most = grid.fresh * (3 * sum(costs.values()) - 2 * costs[BASE])
+        most = grid.fresh * (5 * sum(costs.values()) - 4 * costs[BASE])
         stages.append(StudyStage(len(stages) + 1, highest.budget, (), 0.0, most, exact=False))
     cap = keys.cap or 0.0
     return _within_cap(
@@ -209,7 +211,7 @@ def recipe_stage(
 ) -> StudyStage:  # fmt: skip
     """Return the stage of a budget; exact if it is the first, or with a seed of each recipe's
     earlier budgets, around which it searches."""
-    trained = recipes if grid.has_candidates(stage) else recipes[:1]
+    trained = recipes if 1 < stage <= grid.top else recipes[:1]  # or the base alone
     known = earlier or {}
     cells = [c for r in trained for c in grid.cells(common, r, stage, known.get(r.name, ()))]
     cost = sum(c.cost for c in cells)
@@ -243,25 +245,33 @@ def highest_seeds(plan: StudyPlan) -> dict[str, Cell]:
     return {c.recipe: c for c in plan.stage(plan.recipe_grid.top).cells if c.role == "seed"}
 
 
-def fresh_cells(plan: StudyPlan, stage: int) -> tuple[Cell, ...]:
-    """Return the runs that confirm recipes at the highest budget, with seeds that no other run has:
-    of each and of the base, at its own settings and, where both can be trained so and they differ,
-    at the other's."""
+def crossed_cells(plan: StudyPlan, stage: int, best_at: str = "") -> tuple[Cell, ...]:
+    """Return runs with fresh seeds of each recipe and of the base at the highest budget, at its own
+    settings and, where it can be trained so and they differ, at the other's; none if none do.
+    best_at: the cell at whose settings the base was best, which all then have too."""
     grid, best = plan.recipe_grid, highest_seeds(plan)
     assert grid is not None, "a study of recipes has a layout"
-    base, *others = ((r, best[r.name]) for r in plan.recipes if r.name in best)
-    cells = [base[1], *(cell for _, cell in others)] if others else []
-    for one in others:
+    every, cells = [(r, best[r.name]) for r in plan.recipes if r.name in best], [*best.values()]
+    for other, one in permutations(every, 2):
+        if BASE not in (other[0].name, one[0].name) and other[1].cell_of != best_at:
+            continue
         with suppress(UserError):  # such as a quarter of a batch of one window
-            moved = grid.at_settings_of(plan.common, *one, *base)
-            pair = [moved, grid.at_settings_of(plan.common, *base, *one)]
-            if (moved.trial, moved.learning_rate) != (base[1].trial, base[1].learning_rate):
-                cells += pair
+            moved = grid.at_settings_of(plan.common, *other, *one)
+            is_new = (moved.trial, moved.learning_rate) != (one[1].trial, one[1].learning_rate)
+            cells += [moved] * is_new
+    return reseeded(plan, stage, cells, "crossed") if len(cells) > len(every) else ()
+
+
+def reseeded(plan: StudyPlan, stage: int, cells: Sequence[Cell], role: Role) -> tuple[Cell, ...]:
+    """Return runs of these cells with seeds that no run of another role has."""
+    assert plan.recipe_grid is not None, "a study of recipes has a layout"
+    number, name = plan.recipe_grid.fresh, "fresh" if role == "crossed" else role
+    first = plan.common.seed + _FRESH + number * (role == "confirm")
     return tuple(
-        replace(c, name=f"fresh-{c.recipe}-at-{c.cell_of}-seed{i + 1}", stage=stage,
-                role="confirm", seed=plan.common.seed + _FRESH + i)
+        replace(c, name=f"{name}-{c.recipe}-at-{c.cell_of}-seed{i + 1}", stage=stage, role=role,
+                seed=first + i)
         for c in cells
-        for i in range(grid.fresh)
+        for i in range(number)
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from forescale.scaling.analysis.spread import Spread
+from forescale.scaling.analysis.ratio import Spread
 from forescale.scaling.design.simulate import CENTRE, Assumptions
 from forescale.scaling.design.tuning import tuned
 

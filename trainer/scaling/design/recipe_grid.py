@@ -5,8 +5,8 @@
                  highest, each 5/2 of the one before
     a budget     of each recipe a search (search.py) for its best size and settings, and runs with
                  other seeds, which wait for the best of them
-    fresh seeds  at the highest budget of all, of a recipe at its own settings and at the base's, of
-                 the base at those of each, so that no search's luck decides
+    fresh seeds  at the highest budget of all, of a recipe at its own settings, the base's and those
+                 that suit it, of the base at all; others at the best of these, which alone count
     settings     up to the lowest budget of all recipes also those of plan.dials, from the base's
                  best below it; later budgets take them over; what a recipe sets itself stays
 
@@ -69,7 +69,7 @@ class RecipeGrid:
         runs = [grid.trials(i + 1) + grid.runs_with_seeds(i + 1) for i in range(len(shares))]
         counts = [1, *[recipes] * number, *[1] * beyond]
         cost = sum(n * k * s for n, k, s in zip(runs, counts, shares, strict=True))
-        top = _ROUNDING * (keys.cap or 0.0) / (cost + keys.fresh * (3 * recipes - 2))
+        top = _ROUNDING * (keys.cap or 0.0) / (cost + keys.fresh * (5 * recipes - 4))
         return replace(grid, budgets=tuple(top * s for s in shares))
 
     @property
@@ -95,10 +95,6 @@ class RecipeGrid:
         if not self.varies_dials(stage):
             return sizes + 3 + self.extra(stage)
         return 3 + sizes + (1 + 2 * len(self.dials)) + 2 + self.extra(stage)
-
-    def has_candidates(self, stage: int) -> bool:
-        """True if the stage has all recipes, and not the base alone."""
-        return 1 < stage <= self.top
 
     def start(
         self, common: Common, recipe: Recipe, stage: int, earlier: Sequence[Cell] = ()

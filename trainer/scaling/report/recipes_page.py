@@ -58,7 +58,7 @@ def page(
 def head_of(results: Multipliers) -> str:
     """Return what was compared with what, as a sentence."""
     cells = results.of(results.base)
-    runs = sum(map(len, (y for c in results.cells for y in (c.logs, *c.fresh.values()))))
+    runs = sum(map(len, (y for c in results.cells for y in (c.logs, c.fresh))))
     noise = f"{results.noise.sd:.2%}" if results.noise.free else "unknown"
     return (
         f"{len(results.candidates)} recipes against {results.base}, which has {len(cells)} budgets "
@@ -74,8 +74,8 @@ def recipe_sections(results: Multipliers) -> list[Section]:
         f"Multiplier: the compute that {results.base} needs for the recipe's loss, over the "
         f"recipe's; above 1 the recipe needs less. Shown for small models, {base[0].flops:.2g} to "
         f"{base[-1].flops:.2g} FLOPs. The trend of a recipe hints at larger models and proves "
-        "nothing about them. Fresh seeds: both recipes at the settings of both, each by its better "
-        "ones. The other intervals don't know how lucky a search was."
+        "nothing about them. Fresh seeds: of both, each at its best of the settings of both. The "
+        "other intervals don't know how lucky a search was."
     )
     costs = [_COSTS[name] for name in results.costs]
     columns = ["recipe", "C", "N x D/N", "loss", "multiplier", level, *costs, "fresh seeds", level]

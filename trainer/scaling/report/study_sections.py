@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from forescale.pages.document import Cell, Section, number, percent, span
 from forescale.scaling.analysis.forecast import Forecast, Score
-from forescale.scaling.analysis.spread import Spread
+from forescale.scaling.analysis.ratio import Spread
 from forescale.scaling.report import study_figures as figures
 from forescale.scaling.report.evidence import StageCost, StudyEvidence
 from forescale.scaling.report.fit_figures import flops_key

@@ -50,6 +50,7 @@ from forescale.scaling.study.recipe_decisions import (
     are_recipes_due,
     decide_recipes,
     no_rate,
+    plan_fresh,
     tune_recipe,
 )
 
@@ -372,7 +373,7 @@ def _fitted(rule: Rule, stages: Sequence[StudyStage]) -> Rule:
 
 _LAW = _Kind(_is_law_due, _centre, _measure_response, _tune)
 _KINDS = {
-    "recipes": _Kind(are_recipes_due, decide_recipes, lambda *_: None, tune_recipe),
+    "recipes": _Kind(are_recipes_due, decide_recipes, plan_fresh, tune_recipe),
     "mixtures": _Kind(_is_law_due, _decide_check, lambda *_: None, _tune),
 }
 

@@ -4,7 +4,8 @@
     rates_chosen     its best size and settings, which its seeds take
     recipe_dropped   a candidate whose search gave no loss: its later runs are left out
     stage_centred    once all have ended, the searches of the next budget, around the best so far
-    fresh_planned    fresh seeds at the highest budget, once all else has ended
+    fresh_planned    fresh seeds at the highest budget, once all else has ended, in three steps:
+                     of each pair crossed, of all where the base was best, others at the best
 
 Invariant: a search is a function of the plan and of the losses, so that the same ones give the same
 runs even if the process was killed in between.
@@ -13,10 +14,12 @@ runs even if the process was killed in between.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from operator import itemgetter
+from statistics import fmean
 
 from forescale.ground.errors import UserError
 from forescale.scaling.design.cells import Cell
-from forescale.scaling.design.kinds import fresh_cells, recipe_stage
+from forescale.scaling.design.kinds import crossed_cells, highest_seeds, recipe_stage, reseeded
 from forescale.scaling.design.plan import StudyPlan, StudyStage
 from forescale.scaling.design.recipes import BASE
 from forescale.scaling.study.directory import Study
@@ -128,8 +131,30 @@ def decide_recipes(study: Study, stage: StudyStage, log: Log) -> None:
         study.revise(plan.with_exact(exact), "stage_centred", stage=stage.number)
         log(f"Stage {stage.number}: {stage.budget:.3g} FLOPs, searches around the best so far.")
         return
-    cells = fresh_cells(plan, stage.number)
-    cost = sum(c.cost for c in cells)
-    exact = replace(stage, cells=cells, low=cost, high=cost, exact=True)
+    plan_fresh(study, stage, log)
+
+
+def plan_fresh(study: Study, stage: StudyStage, log: Log) -> None:
+    """Add the next runs with fresh seeds once those so far have ended: crossed ones, those of all
+    where the base was best, and others of each where it was best, which confirm it."""
+    if {c.role for c in stage.cells} - {"crossed"} or not all(s.has_ended for s in study.states()):
+        return
+    plan, losses = study.plan, study.losses()
+    best = {name: (math.inf, c) for name, c in highest_seeds(plan).items()}
+    for c in stage.cells:
+        alike = [d.name for d in stage.cells if (d.recipe, d.cell_of) == (c.recipe, c.cell_of)]
+        known = [losses[name] for name in alike if name in losses]
+        mean = fmean(known) if known and all(map(math.isfinite, known)) else math.inf
+        best[c.recipe] = min(best[c.recipe], (mean, c), key=itemgetter(0))
+    names, at = {c.name for c in stage.cells}, best[BASE][1].cell_of
+    cells = tuple(c for c in crossed_cells(plan, stage.number, at) if c.name not in names)
+    where = "settings of its own and of others" if cells else "its best settings"
+    if not cells and len(best) > 1:
+        confirmed = [c for mean, c in best.values() if mean < math.inf or not stage.cells]
+        cells = reseeded(plan, stage.number, confirmed, "confirm")
+    if stage.exact and not cells:
+        return
+    cost = stage.cost + sum(c.cost for c in cells)
+    exact = replace(stage, cells=stage.cells + cells, low=cost, high=cost, exact=True)
     study.revise(plan.with_exact(exact), "fresh_planned", stage=stage.number)
-    log(f"Fresh seeds: {len(cells)} runs, of each recipe and of the base at the settings of both.")
+    log(f"Fresh seeds: {len(cells)} runs, each recipe at {where}.")

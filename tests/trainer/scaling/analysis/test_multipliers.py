@@ -155,7 +155,7 @@ def test_a_sweep_that_was_lucky_at_its_edge_does_not_count_beside_its_seeds():
 def test_without_repeated_runs_nothing_is_shown():
     multipliers = multipliers_of(runs(np.random.default_rng(0), {"new": 1.4}, seeds=1))
     assert all(p.multiplier.includes_one for p in multipliers.candidates[0].places)
-    assert any("intervals, are unknown" in doubt for doubt in multipliers.doubts)
+    assert any("so intervals, are unknown" in doubt for doubt in multipliers.doubts)
 
 
 def test_a_budget_whose_seeds_scatter_far_more_is_named():
@@ -193,32 +193,6 @@ def test_a_recipe_that_won_by_the_bases_bad_luck_is_not_confirmed_by_it():
     assert top.confirmed.low < 1
     alone = pd.concat((table, fresh[fresh["recipe"] == "new"].assign(role="confirm")))
     assert multipliers_of(alone).candidates[0].top.confirmed is None
-
-
-@pytest.mark.parametrize("unlucky", ["base", "new"])
-def test_the_luck_of_a_search_confirms_no_recipe(unlucky):
-    """Both recipes are equal; the search of one ended at settings that cost 3 % of the loss."""
-    rng = np.random.default_rng(1)
-    table = runs(rng, {"new": 1.0}, noise=0.001).assign(cell_of="")
-    table["role"] = np.where(table["seed"] == 0, "rate", "seed")
-    is_top = (table["flops"] == BUDGETS[-1]) & (table["role"] == "seed")
-    for name in ("base", "new"):
-        table.loc[table["recipe"] == name, "cell_of"] = name
-    table.loc[is_top & (table["recipe"] == unlucky), "loss"] *= 1.03
-    fresh = [
-        runs(rng, {"new": 1.0}, noise=0.001)[is_top].assign(role="confirm", cell_of=at)
-        for at in ("base", "new")
-    ]
-    for of_settings in fresh:
-        of_settings["loss"] *= 1.03 if (of_settings["cell_of"] == unlucky).all() else 1.0
-    (new,) = multipliers_of(pd.concat((table, *fresh))).candidates
-    assert not new.top.multiplier.includes_one
-    assert new.top.confirmed.value == pytest.approx(1.0, abs=0.05)
-    assert new.top.confirmed.includes_one
-    assert not new.is_winner
-    each_its_own = [rows[rows["recipe"] == rows["cell_of"]] for rows in fresh]
-    (alone,) = multipliers_of(pd.concat((table, *each_its_own))).candidates
-    assert not alone.top.confirmed.includes_one
 
 
 def test_a_comparison_without_a_base_or_with_other_data_is_refused():

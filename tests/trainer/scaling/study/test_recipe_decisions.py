@@ -22,15 +22,20 @@ from tests.trainer.scaling.simulated_recipes import law
 CAP = 8e12
 
 
-@pytest.fixture(scope="module")
-def planned(tmp_path_factory):
-    """The plan of the base and one recipe, `new`, at two budgets."""
-    file = tmp_path_factory.mktemp("recipes") / "own.yaml"
-    file.write_text("new: [model.norm=layernorm]")
-    keys = PlanKeys(CAP, "recipes", ["new"], recipes=str(file), budgets=2, step=2.0, fresh=2)
+def plan_of(folder, **recipes):
+    """The plan of the base and these recipes at two budgets."""
+    file = folder / "own.yaml"
+    file.write_text("".join(f"{name}: [{words}]\n" for name, words in recipes.items()))
+    keys = PlanKeys(CAP, "recipes", [*recipes], recipes=str(file), budgets=2, step=2.0, fresh=2)
     keys.sizes, keys.dials = 1, []
     common = Common(compose(TrainJob, keys.shared).model, 257, 64, seeds=(2, 2))
     return recipes_plan(StudyJob(plan=keys), common)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """The plan of the base and one recipe, `new`."""
+    return plan_of(tmp_path_factory.mktemp("recipes"), new="model.norm=layernorm")
 
 
 @pytest.fixture
@@ -90,6 +95,49 @@ def test_fresh_seeds_of_both_have_the_settings_of_both_but_rates_of_another_opti
     assert planned["new", "b3-base"].global_batch == base.global_batch != moved.global_batch
     same = planned["new", "b3-new"] if rate is None else base
     assert (moved.learning_rate, moved.trial.tables) == (same.learning_rate, same.trial.tables)
+
+
+@pytest.mark.parametrize(
+    ("best", "diverged", "settings"),
+    [
+        ("base", "", {"base": "base", "new": "base", "other": "base"}),
+        ("new", "", {"base": "new", "new": "new", "other": "new"}),  # by a third step of runs
+        ("other", "new", {"base": "other", "other": "other"}),
+    ],
+)
+def test_other_fresh_seeds_confirm_all_where_the_first_ones_were_best_and_the_base_too(
+    tmp_path, monkeypatch, best, diverged, settings
+):
+    """best: the recipe whose settings suit all, whatever their searches thought."""
+    job = StudyJob(studies=str(tmp_path), study="own")
+    plan = plan_of(tmp_path, new="model.norm=layernorm", other="model.mlp=gelu")
+    study = Study.make(job.folder, job, plan, {})
+    tune(study)
+    rates = {"base": 0.1, "new": 0.2, "other": 0.3}
+    stages = [replace(s, cells=tuple(
+        replace(c, learning_rate=rates[c.recipe]) if c.role == "seed" else c for c in s.cells
+    )) for s in study.plan.stages]  # fmt: skip
+    study.revise(replace(study.plan, stages=tuple(stages)), "planned")
+
+    def losses():
+        return {c.name: np.nan if c.recipe == diverged else 3 + (c.cell_of != f"b3-{best}")
+                for c in study.plan.stages[-1].cells}  # fmt: skip
+
+    def run(role):
+        advance(study, lambda line: None)
+        return {(c.recipe, c.cell_of.removeprefix("b3-"), c.seed)
+                for c in study.plan.stages[-1].cells if c.role == role}  # fmt: skip
+
+    monkeypatch.setattr(study, "states", list)
+    monkeypatch.setattr(study, "losses", losses)
+    crossed = run("crossed")
+    between = {(of, at) for of, at, _ in crossed if {of, at} == {"new", "other"}}
+    assert between == {"base": set(), "new": {("other", "new")}, "other": {("new", "other")}}[best]
+    fresh = run("confirm")
+    assert {of: at for of, at, _ in fresh} == settings
+    assert len(fresh) == 2 * len(settings)
+    assert not {seed for *_, seed in crossed} & {seed for *_, seed in fresh}
+    assert run("confirm") == fresh
 
 
 @pytest.mark.parametrize(

@@ -97,8 +97,10 @@ def test_a_recipe_that_always_diverges_is_left_out_and_said_so(whole):
 
 
 def test_fresh_seeds_are_of_each_recipe_and_the_base_at_the_settings_of_both(whole):
-    assert [e["kind"] for e in whole.events].count("fresh_planned") == 1
-    fresh = [c for c in whole.plan.cells if c.role == "confirm"]
+    assert [e["kind"] for e in whole.events].count("fresh_planned") >= 2
+    fresh, crossed = of(whole, "muon", "confirm"), of(whole, "muon", "crossed")
+    assert len(fresh) == 2
+    assert {c.cell_of for c in fresh} < {c.cell_of for c in crossed}
     others = {c.seed for c in whole.plan.cells if c.role != "confirm"}
     assert not others & {c.seed for c in fresh}
 
