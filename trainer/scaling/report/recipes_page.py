@@ -74,7 +74,7 @@ def recipe_sections(results: Multipliers) -> list[Section]:
         f"Multiplier: the compute that {results.base} needs for the recipe's loss, over the "
         f"recipe's; above 1 the recipe needs less. Shown for small models, {base[0].flops:.2g} to "
         f"{base[-1].flops:.2g} FLOPs. The trend of a recipe hints at larger models and proves "
-        "nothing about them. Fresh seeds: of both, each at its best of the settings of both. The "
+        "nothing about them. Fresh seeds: of both, each at its best of the settings tried. The "
         "other intervals don't know how lucky a search was."
     )
     costs = [_COSTS[name] for name in results.costs]
