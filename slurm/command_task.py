@@ -39,14 +39,23 @@ def _run(command: Sequence[str]) -> int:
     """Run a command, and pass signals on to it. Where SLURM announces the time limit (USR1), and
     the command says that it can go on, requeue this task. Return the exit code."""
     received: list[int] = []
-    process = subprocess.Popen(command)
+    early: list[int] = []  # those of them that came before the command ran
+    process: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, frame: object) -> None:
         received.append(number)
-        process.send_signal(number)
+        if process is None:
+            early.append(number)
+        else:
+            process.send_signal(number)
 
+    # Before the command starts: a signal that found no handler would end this process alone, and
+    # the command would go on without a parent.
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
+    process = subprocess.Popen(command)
+    while early:
+        process.send_signal(early.pop(0))
     code = process.wait()
     if code == INTERRUPTED and signal.SIGUSR1 in received and signal.SIGTERM not in received:
         print(f"{time.strftime('%H:%M:%S')} The time limit is near: requeued to go on.", flush=True)

@@ -7,10 +7,15 @@ import sys
 from forescale.cli import main
 
 WORDS = ("submit", "shards", "a.txt", "output=out")
-# Ends by the signal as a build does, after it was sent by its own parent's stand-in.
+# Ends by the signal as a build does. The signal comes while the task is still starting it.
 TASK = """
-import sys
+import subprocess, sys, time
 from forescale.slurm import command_task
+class Slow(subprocess.Popen):
+    def __init__(self, *words, **keys):
+        super().__init__(*words, **keys)
+        time.sleep(0.3)
+subprocess.Popen = Slow
 build = "import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit({code}))"
 build += "; print('builds', flush=True); time.sleep(60)"
 sys.exit(command_task._run([sys.executable, "-c", build]))
