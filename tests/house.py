@@ -30,7 +30,7 @@ BANNED = {
 # which lines it looked at.
 BUDGETS = {
     "lines of source": 98_322,
-    "lines of tests": 76_530,
+    "lines of tests": 76_629,
     "lines of the largest room": 16_500,  # scaling/; every other one is below 9,000
     "names that name nothing": 0,
     "file names that occur twice below a room": 0,

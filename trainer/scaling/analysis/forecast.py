@@ -16,7 +16,7 @@ names the place. A forecast whose target has no record counts as abandoned; a sc
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -133,18 +133,15 @@ def curve_facts(law: StudyFit, parameters: float, tokens: float) -> dict[str, An
         return {}
     schedules = law.table["schedule"].mode()
     rows = law.table[law.table["schedule"].isin(schedules[:1])].to_dict("records")
-    shape = shape_of([_curve(row, row[size]) for row in rows], parameters, tokens)
+    curves = [Curve(row[size], row["tokens"], *_smoothed(row["folder"], row["steps"], row["loss"]),
+                    float(row["warmup_steps"] or 0) / row["steps"]) for row in rows]  # fmt: skip
+    shape = shape_of(curves, parameters, tokens)
     if shape is None:
         return {}
     numbers = {k: v.round(6).tolist() for k, v in asdict(shape).items() if k != "runs"}
     decays = [float(row["decay_steps"] or 0) / row["steps"] for row in rows]
     facts = {"runs": shape.runs, "schedule": schedules[0], "decay": float(np.median(decays))}
     return {"curve": numbers | facts}
-
-
-def _curve(row: Mapping[str, Any], size: float) -> Curve:
-    curve = _smoothed(row["folder"], row["steps"], row["loss"])
-    return Curve(size, row["tokens"], *curve, float(row["warmup_steps"] or 0) / row["steps"])
 
 
 @lru_cache(maxsize=1024)

@@ -38,6 +38,7 @@ _BUDGETS = 2  # of the base: fewer are no curve
 _DECADE = np.log(10.0)
 _UNEVEN = 3.0  # times the noise of the other budgets that is worth a note
 _UNKNOWN = (0.0, np.inf)  # ends of an interval without a measured noise
+_NO_ANSWER = Ratio(np.nan, *_UNKNOWN)  # of fresh seeds
 
 
 class BaseCurve:
@@ -94,12 +95,13 @@ def floor_of(log_flops: Array, log_losses: Array) -> float:
 class Place:
     """A recipe at one budget. multiplier: 0 or infinite where the base never has its loss, which
     is then outside `reach`: the multipliers that the base's budgets can show. confirmed: that of
-    fresh seeds alone, of both. others: of the costs beside FLOPs."""
+    fresh seeds alone, of both; nan if they give none. others: of the costs beside FLOPs."""
 
     cell: RecipeCell
     multiplier: Ratio
     reach: tuple[float, float]
     confirmed: Ratio | None = None
+    confirmed_reach: tuple[float, float] = _UNKNOWN
     others: Mapping[str, Ratio] = field(default_factory=dict)
 
 
@@ -168,10 +170,10 @@ class Multipliers:
         places, ends = [], np.exp(self.curve.log_flops[[0, -1]])
         for i, (c, ratio) in enumerate(zip(cells, self._ratios(at, draws), strict=True)):
             reach = float(ends[0] / c.flops), float(ends[1] / c.flops)
-            is_confirmed = c.fresh.size and c.budget in base
-            confirmed = self._confirmed(c, base[c.budget]) if is_confirmed else None
+            is_tested = c.fresh.size and c.budget in base
+            fresh, end = self._confirmed(c, base[c.budget]) if is_tested else (None, _UNKNOWN)
             others = self._others(c, at[i], draws[:, i])
-            places.append(Place(c, _within(ratio, reach), reach, confirmed, others))
+            places.append(Place(c, _within(ratio, reach), reach, fresh, end, others))
         lost = tuple(c.budget for c in self.lost if c.recipe == name)
         is_inside = np.isfinite(at)
         if not is_inside.any():
@@ -186,15 +188,19 @@ class Multipliers:
             (trend,) = self._ratios((at @ weights)[None], (draws @ weights)[:, None])
         return Candidate(name, tuple(places), mean, trend, lost)
 
-    def _confirmed(self, cell: RecipeCell, base: RecipeCell) -> Ratio:
-        """Return the multiplier by fresh seeds of both: of the compute at which the curve has the
-        loss of each, so that searches that ended differently at other budgets don't bend it."""
+    def _confirmed(self, cell: RecipeCell, base: RecipeCell) -> tuple[Ratio, tuple[float, float]]:
+        """Return the multiplier by fresh seeds of both, and its reach: of the compute at which the
+        curve has the loss of each, so that searches that ended differently at other budgets don't
+        bend it. No answer if one of them diverged, or if the curve lacks the base's loss."""
+        if not np.isfinite(np.concatenate((cell.fresh, base.fresh))).all():
+            return _NO_ANSWER, _UNKNOWN
         at, draws = self._logs([cell, base], [cell.fresh, base.fresh])
+        if np.isinf(at[1]) or np.isinf(draws[:, 1]).mean() > (1 - self.job.level) / 2:
+            return _NO_ANSWER, _UNKNOWN
         ends = self.curve.log_flops[[0, -1]] - np.log(base.flops)
-        at_base, of_base = np.clip(at[1:], *ends), np.clip(draws[:, 1:], *ends)
-        (ratio,) = self._ratios(at[:1] - at_base, draws[:, :1] - of_base)
-        low, high = np.exp(ends + np.log(base.flops / cell.flops) - at_base)
-        return _within(ratio, (float(low), float(high)))
+        (ratio,) = self._ratios(at[:1] - at[1:], draws[:, :1] - np.clip(draws[:, 1:], *ends))
+        low, high = np.exp(ends + np.log(base.flops / cell.flops) - at[1])
+        return _within(ratio, reach := (float(low), float(high))), reach
 
     @cached_property
     def costs(self) -> list[str]:
@@ -275,7 +281,17 @@ class Multipliers:
                 f"Seconds are not compared: runs have different conditions ({clocks[0]}; "
                 f"{clocks[1]})."
             )
+        if at := [f"{c.recipe} at {c.budget:.3g}" for c in self.cells if c.unstable]:
+            yield (
+                f"Of {_few(at)} some runs with other seeds diverged and don't count, so that its "
+                "loss may be too low."
+            )
         for c in self.candidates:
+            if c.top.confirmed and np.isnan(c.top.confirmed.value):
+                yield (
+                    f"Fresh seeds of {c.name} give no answer: one of them or of {base}'s diverged, "
+                    f"or {base} does not have its own loss at other budgets."
+                )
             if beyond := [p for p in c.places if not 0 < p.multiplier.value < np.inf]:
                 yield (
                     f"{c.name} has a loss that {base} never has at {len(beyond)} of "
@@ -298,7 +314,7 @@ def _within(ratio: Ratio, reach: tuple[float, float]) -> Ratio:
 
 
 def _noise(cells: Sequence[RecipeCell]) -> Spread:
-    return Spread.within(y for c in cells for y in (c.logs, c.fresh))
+    return Spread.within(y[np.isfinite(y)] for c in cells for y in (c.logs, c.fresh))
 
 
 def _uneven(cells: Sequence[RecipeCell]) -> Iterator[str]:
@@ -321,14 +337,12 @@ def _untuned(cells: Sequence[RecipeCell]) -> Iterator[str]:
         (None, "fewer than three learning rates were tried"),
     ):
         if at := [f"{c.recipe} at {c.budget:.2g}" for c in cells if c.is_bracketed is is_so]:
-            others = f" and {len(at) - 4} more" if len(at) > 4 else ""
-            yield f"Of {', '.join(at[:4])}{others} {problem}, so that its loss may be too high."
+            yield f"Of {_few(at)} {problem}, so that its loss may be too high."
     rest = [(c, ", ".join(x for x in c.edges if x != "rate")) for c in cells]
     if at := [f"{c.recipe} at {c.budget:.2g} ({names})" for c, names in rest if names]:
-        others = f" and {len(at) - 4} more" if len(at) > 4 else ""
         yield (
-            f"Of {', '.join(at[:4])}{others} what is in brackets is best at the edge of what was "
-            "tried, so that its loss may be too high."
+            f"Of {_few(at)} what is in brackets is best at the edge of what was tried, so that its "
+            "loss may be too high."
         )
     if {c.sizes for c in cells} == {1}:
         ratios = [c.ratio for c in cells if c.ratio]
@@ -337,6 +351,10 @@ def _untuned(cells: Sequence[RecipeCell]) -> Iterator[str]:
             f"Each recipe has one size a budget{at_one}: these are no multipliers of recipes at "
             "their best size. Plan several: plan.sizes=3."
         )
+
+
+def _few(places: Sequence[str]) -> str:
+    return ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
 
 
 def as_dict(study: Multipliers) -> dict[str, Any]:

@@ -38,8 +38,9 @@ class RecipeCell:
     """A recipe at one budget.
 
     flops: mean C of its runs; logs: (n,), log losses of the runs at its learning rate; fresh: log
-    losses of the runs that confirm it; rates: all tried learning rates, by value; is_bracketed:
-    None if fewer than three were tried; diverged: number of runs without a finite loss.
+    losses of the runs that confirm it, infinite if they diverged; rates: all tried learning rates,
+    by value; is_bracketed: None if fewer than three were tried; diverged: number of runs without a
+    finite loss; unstable: of those with other seeds, of which some have one.
     costs: by COSTS, as far as all its runs have them; size, ratio: N and D/N; sizes: number of
     sizes that were tried, 0 if they aren't known; clocks: the different conditions under which its
     seconds ran.
@@ -54,6 +55,7 @@ class RecipeCell:
     rates: tuple[float, ...]
     is_bracketed: bool | None
     diverged: int
+    unstable: int
     edges: tuple[str, ...] = ()
     costs: Mapping[str, float] = field(default_factory=dict)
     size: float = 0.0
@@ -155,7 +157,7 @@ def _cell(recipe: str, budget: float, rows: pd.DataFrame) -> RecipeCell | LostCe
         is_bracketed = "rate" not in edges
     elif _is_bracketed(swept, "_size") is False:
         edges = ("size",)
-    fresh = np.log(rows["loss"][is_fresh & is_finite].to_numpy())
+    fresh = np.log(rows["loss"][is_fresh].fillna(np.inf).to_numpy())
     best = runs[(runs["_rate"] == rate) & (runs["_size"] == size)]
     names = {of: next((c for c in columns if c in rows), None) for of, columns in COSTS.items()}
     known = {of: float(best[c].mean(skipna=False)) for of, c in names.items() if c}
@@ -165,7 +167,8 @@ def _cell(recipe: str, budget: float, rows: pd.DataFrame) -> RecipeCell | LostCe
     return RecipeCell(
         recipe, budget, float(best["_cost"].mean()), float(rate),
         logs[best.index].to_numpy(), fresh,
-        tuple(sorted(rows["_rate"].unique())), is_bracketed, int((~is_finite).sum()), edges,
+        tuple(sorted(rows["_rate"][is_swept | is_counted].unique())), is_bracketed,
+        int((~is_finite).sum()), int((~is_finite & is_seed).sum()), edges,
         {of: x for of, x in known.items() if 0 < x < np.inf}, size, ratio, sizes, clocks,
     )  # fmt: skip
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import permutations
 from statistics import geometric_mean
 
 from forescale.ground.errors import UserError
@@ -190,9 +189,9 @@ def recipes_plan(job: StudyJob, common: Common) -> StudyPlan:
     notes = [
         f"each recipe has {grid.trials(2)} runs to find its size and settings at the lowest "
         f"budget, and {grid.trials(3)} at later ones, which begin where earlier ones ended",
-        f"the last stage has {grid.fresh} fresh seeds of each at its own and others' settings, and "
-        "as many others at the best of these, which alone count",
-    ]
+        *[f"the last stage has {grid.fresh} fresh seeds of each at its own and others' settings, "
+          "and as many others at the best of these, which alone count"] * bool(grid.fresh),
+    ]  # fmt: skip
     notes += [note for stage in stages[1 : grid.top] for note in _without_effect(stage, recipes)]
     if grid.fresh:
         highest = stages[grid.top - 1]
@@ -245,16 +244,17 @@ def highest_seeds(plan: StudyPlan) -> dict[str, Cell]:
     return {c.recipe: c for c in plan.stage(plan.recipe_grid.top).cells if c.role == "seed"}
 
 
-def crossed_cells(plan: StudyPlan, stage: int, best_at: str = "") -> tuple[Cell, ...]:
+def crossed_cells(plan: StudyPlan, stage: int, of_base: Cell) -> tuple[Cell, ...]:
     """Return runs with fresh seeds of each recipe and of the base at the highest budget, at its own
     settings and, where it can be trained so and they differ, at the other's; none if none do.
-    best_at: the cell at whose settings the base was best, which all then have too."""
+    of_base: the base's best cell; once it is such a run, all have its settings too."""
     grid, best = plan.recipe_grid, highest_seeds(plan)
     assert grid is not None, "a study of recipes has a layout"
     every, cells = [(r, best[r.name]) for r in plan.recipes if r.name in best], [*best.values()]
-    for other, one in permutations(every, 2):
-        if BASE not in (other[0].name, one[0].name) and other[1].cell_of != best_at:
-            continue
+    pairs = [(every[0], one) for one in every[1:]] + [(one, every[0]) for one in every[1:]]
+    if of_base.role == "crossed":
+        pairs += [((every[0][0], of_base), one) for one in every[1:]]
+    for other, one in pairs:
         with suppress(UserError):  # such as a quarter of a batch of one window
             moved = grid.at_settings_of(plan.common, *other, *one)
             is_new = (moved.trial, moved.learning_rate) != (one[1].trial, one[1].learning_rate)

@@ -137,7 +137,6 @@ class RecipeGrid:
         rounds: list[str] = [*sized, "rate"]
         if self.varies_dials(stage):
             rounds = ["rate", *sized, *recipe.dials(self.dials), "rate"]
-
         start = self.start(common, recipe, stage, earlier)
         first = self.cell(common, recipe, stage, start, earlier)
         most_flops = _OVER * max(first.cost, self.budgets[stage - 1])

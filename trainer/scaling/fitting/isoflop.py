@@ -26,12 +26,11 @@ SPREAD = 0.05  # greatest spread of compute in a budget; more moves the loss as 
 class Vertex:
     """The vertex of a budget's parabola, loss = floor + bend (log N - log N*)^2.
 
-    nominal: the budget as named; budget: the mean C of its runs, FLOPs; runs: the number that the
-    parabola is fitted to; sizes: their least and greatest N; parameters, tokens: N* and D*, at the
-    least loss; path: polynomial of log D of the runs in log N - log N*, highest power first.
+    budget: the mean C of its runs, FLOPs; runs: the number that the parabola is fitted to; sizes:
+    their least and greatest N; parameters, tokens: N* and D*, at the least loss; path: polynomial
+    of log D of the runs in log N - log N*, highest power first.
     """
 
-    nominal: float
     budget: float
     runs: int
     sizes: tuple[float, float]
@@ -165,7 +164,7 @@ def vertex(budget: float, x: Array, z: Array, loss: Array, flops: Array) -> Vert
     path = np.polyfit(x - at, z, 2 if sizes > 3 else 1)  # C/ND may change with N
     mean, (least, most) = float(np.exp(np.log(flops).mean())), np.exp([x.min(), x.max()])
     return Vertex(
-        budget, mean, len(x), (float(least), float(most)), n, float(np.exp(path[-1])),
+        mean, len(x), (float(least), float(most)), n, float(np.exp(path[-1])),
         float(level - slope**2 / (4 * bend)), float(bend), tuple(map(float, path)),
     )  # fmt: skip
 

@@ -112,14 +112,11 @@ def _quadratic(shares: Array) -> Array:
     return np.concatenate((shares, np.stack(pairs, axis=-1)), axis=-1)
 
 
-def _logarithms(shares: Array) -> Array:
-    return np.concatenate((np.ones_like(shares[..., :1]), np.log(shares)), axis=-1)
-
-
 LAWS = (
     MixingLaw("linear", "log L = Σ b_j r_j", lambda shares: shares),
     MixingLaw("quadratic", "log L = Σ b_j r_j + Σ b_jk r_j r_k", _quadratic),
-    MixingLaw("power", "log L = a + Σ b_j log r_j", _logarithms),
+    MixingLaw("power", "log L = a + Σ b_j log r_j",
+              lambda shares: np.concatenate((np.ones_like(shares[..., :1]), np.log(shares)), -1)),
     MixingLaw("exponential", "L = c + exp(Σ b_j r_j)", lambda shares: shares, has_floor=True),
 )  # fmt: skip
 

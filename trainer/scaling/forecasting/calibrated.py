@@ -13,7 +13,6 @@ before it made at budgets up to k.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -61,7 +60,8 @@ class CalibratedLaw:
         decades = np.maximum(0.0, np.log10(flops / self.greatest))
         variance = ((high - low) / 2) ** 2 + self.noise**2
         variance += (self.discrepancy.per_decade * decades) ** 2
-        further = np.maximum(0.0, self._excess(columns) - self._reach)
+        known = self._excess(self.fit.points.columns(self.fit.form.columns)).max()
+        further = np.maximum(0.0, self._excess(columns) - known)
         variance += (EXCESS * further) ** 2
         freedom = BELIEF + self.discrepancy.origins
         return Predicted(np.log(self.fit.predict(**columns)), np.sqrt(variance), freedom)
@@ -69,12 +69,6 @@ class CalibratedLaw:
     def resampled(self, columns: dict[str, Array]) -> Array:
         """Return the log losses of m runs by the resampled fits, (R, m)."""
         return np.log(self.fit.form.predict(self.replicates.values, **columns))
-
-    @cached_property
-    def _reach(self) -> float:
-        """The greatest excess of the fitted runs."""
-        points = self.fit.points
-        return float(self._excess(points.columns(self.fit.form.columns)).max())
 
     def _excess(self, columns: Mapping[str, Array]) -> Array:
         """Log loss of m runs above that of the best N and D of the same N D, (m,), by the law; 0

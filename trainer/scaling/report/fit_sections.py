@@ -94,7 +94,8 @@ def answer(
     elif isinstance(f, Prediction):
         rows += _losses(f.loss, f.outer, f.inner, study.job.level)
     else:
-        rows += [["Loss", f or NO_TARGET], ["Law", _values(study)]]
+        law = [Markup("{} = {}").format(s, number(x, 4)) for s, x in study.fit.values.items()]
+        rows += [["Loss", f or NO_TARGET], ["Law", Markup(", ").join(law)]]
     if isinstance(f, Prediction):
         star = "*" * bool(f.sizes)
         names = (f"N{star}, parameters", f"D{star}, tokens")
@@ -204,14 +205,6 @@ def history(study: StudyFit, f: Prediction | str | None) -> Section:
         after.append(Markup("N* is the geometric mean of {}.").format(each))
     after += skill_lines(study.skill) or [no_backtests(study)]
     return Section("backtests", "Backtests: predictions of more expensive runs", after=after)
-
-
-def _values(study: StudyFit) -> Cell:
-    """Return the parameters of the law."""
-    return Markup(", ").join(
-        Markup("{} = {}").format(symbol, number(value, 4))
-        for symbol, value in study.fit.values.items()
-    )
 
 
 def _basis(study: StudyFit, f: Prediction) -> Markup:

@@ -28,7 +28,6 @@ from forescale.scaling.report.fit_sections import reasons
 from forescale.scaling.report.provenance import provenance
 
 _COSTS = {"seconds": "seconds", "parameters": "parameters", "bytes": "bytes of text"}
-_FEW = 4  # learning rates that are listed
 _APART = 0.5  # of a row's height, over which its budgets are spread
 _ROW, _MARGIN = 46, 130  # pixels of a row; of axis and title together
 _FINE = 61
@@ -86,7 +85,7 @@ def recipe_sections(results: Multipliers) -> list[Section]:
     rates: list[list[Cell]] = [["recipe", "C", "tried", "taken", "bracketed", "runs", "diverged"]]
     for one in results.candidates:
         for p in one.places:
-            fresh: list[Cell] = _cells(p.confirmed, p.reach) if p.confirmed else ["", ""]
+            fresh = _cells(p.confirmed, p.confirmed_reach)
             cells = [number(p.cell.flops, 4), _size(p.cell), number(np.exp(p.cell.log_loss))]
             values = [p.others[name].value for name in results.costs]
             others = [number(x) if 0 < x < np.inf else "-" for x in values]
@@ -107,8 +106,9 @@ def recipe_sections(results: Multipliers) -> list[Section]:
     bracketed = {True: "yes", False: "no: at the edge", None: "no: fewer than three"}
     for name in (results.base, *(c.name for c in results.candidates)):
         for c in results.of(name):
+            ends = number(c.rates[0], 2), number(c.rates[-1], 2)
             rates.append([
-                c.recipe, number(c.flops, 4), _tried(c.rates),
+                c.recipe, number(c.flops, 4), Markup("{}, {} to {}").format(len(c.rates), *ends),
                 number(c.learning_rate, 2), bracketed[c.is_bracketed], str(len(c.logs)),
                 str(c.diverged),
             ])  # fmt: skip
@@ -119,14 +119,6 @@ def recipe_sections(results: Multipliers) -> list[Section]:
         Section("numbers", "In numbers", rows=rows, head=True),
         Section("rates", "How each recipe was tuned", rows=rates, head=True),
     ]
-
-
-def _tried(rates: Sequence[float]) -> Cell:
-    """Return the learning rates that were tried; of many, the ends."""
-    if len(rates) <= _FEW:
-        return Markup(", ").join(number(r, 2) for r in rates)
-    ends = number(rates[0], 2), number(rates[-1], 2)
-    return Markup("{}, {} to {}").format(len(rates), *ends)
 
 
 def _size(c: RecipeCell) -> str:
@@ -140,7 +132,8 @@ def _verdict(one: Candidate, results: Multipliers) -> str:
     """Return in a sentence what is shown about a recipe at its highest budget, and its trend."""
     top, level = one.top, f"{results.job.level:.0%}"
     known = top.confirmed or top.multiplier
-    value, ends = _value(known, top.reach), _interval(known)
+    reach = top.confirmed_reach if top.confirmed else top.reach
+    value, ends = _value(known, reach), _interval(known)
     at = f"at {top.cell.budget:.3g} FLOPs{', by fresh seeds' if top.confirmed else ''}"
     if not results.noise.free:
         text = f"{value} times {at}; without repeated runs nothing is shown."
@@ -159,6 +152,8 @@ def _verdict(one: Candidate, results: Multipliers) -> str:
 
 def _value(ratio: Ratio, reach: tuple[float, float]) -> str:
     """Return a multiplier, or the bound that the base's budgets give it."""
+    if np.isnan(ratio.value):
+        return "unknown"
     if ratio.value == np.inf:
         return f"> {reach[1]:.3g}"
     return f"{ratio.value:.3g}" if ratio.value else f"< {reach[0]:.3g}"
@@ -172,10 +167,11 @@ def _interval(ratio: Ratio) -> str:
     return f"{low} to {ratio.high:.3g}" if ratio.high < np.inf else f"{low} to no upper end"
 
 
-def _cells(ratio: Ratio, reach: tuple[float, float] = (0.0, np.inf)) -> list[Cell]:
+def _cells(ratio: Ratio | None, reach: tuple[float, float] = (0.0, np.inf)) -> list[Cell]:
+    if ratio is None:
+        return ["", ""]
     value, ends = ratio_cells(ratio)
-    if not ratio.low and ratio.high == np.inf:
-        ends = "unknown"
+    ends = ends if ratio.low or ratio.high < np.inf else "unknown"
     return [value if 0 < ratio.value < np.inf else _value(ratio, reach), ends]
 
 
@@ -226,7 +222,7 @@ def multipliers(results: Multipliers) -> chart.Figure:
                 text = (f"{one.name}\nC {p.cell.flops:.4g}\nmultiplier {_value(m, p.reach)}\n"
                         f"{_interval(m)}")  # fmt: skip
                 figure.add(chart.dots(np.array([m.value]), np.array([at]), [colour], [text]))
-            if (fresh := p.confirmed) is not None:
+            if (fresh := p.confirmed) and not np.isnan(fresh.value):
                 text = f"{one.name}\nfresh seeds {fresh.value:.4g}\n{_interval(fresh)}"
                 middle = float(np.clip(fresh.value, low, high))
                 figure.add(chart.star(middle, at, text, name="fresh seeds"))

@@ -137,24 +137,28 @@ def decide_recipes(study: Study, stage: StudyStage, log: Log) -> None:
 def plan_fresh(study: Study, stage: StudyStage, log: Log) -> None:
     """Add the next runs with fresh seeds once those so far have ended: crossed ones, those of all
     where the base was best, and others of each where it was best, which confirm it."""
-    if {c.role for c in stage.cells} - {"crossed"} or not all(s.has_ended for s in study.states()):
+    states, plan, losses, excluded = study.states(), study.plan, study.losses(), study.excluded()
+    if {c.role for c in stage.cells} - {"crossed"} or not all(s.has_ended for s in states):
         return
-    plan, losses = study.plan, study.losses()
+    crossed = [c for c in stage.cells if c.name not in excluded]
+    if failed := [s.cell.name for s in states if s.status == "failed" and s.cell in crossed]:
+        # Without a loss by an error, not by its settings, which would be out of the choice unseen.
+        raise no_rate(study, stage.number, f"can't compare settings: {failed[0]} failed")
     best = {name: (math.inf, c) for name, c in highest_seeds(plan).items()}
-    for c in stage.cells:
-        alike = [d.name for d in stage.cells if (d.recipe, d.cell_of) == (c.recipe, c.cell_of)]
+    for c in crossed:
+        alike = [d.name for d in crossed if (d.recipe, d.cell_of) == (c.recipe, c.cell_of)]
         known = [losses[name] for name in alike if name in losses]
         mean = fmean(known) if known and all(map(math.isfinite, known)) else math.inf
         best[c.recipe] = min(best[c.recipe], (mean, c), key=itemgetter(0))
-    names, at = {c.name for c in stage.cells}, best[BASE][1].cell_of
-    cells = tuple(c for c in crossed_cells(plan, stage.number, at) if c.name not in names)
+    names, of_base = {c.name for c in stage.cells}, best[BASE][1]
+    cells = tuple(c for c in crossed_cells(plan, stage.number, of_base) if c.name not in names)
     where = "settings of its own and of others" if cells else "its best settings"
     if not cells and len(best) > 1:
-        confirmed = [c for mean, c in best.values() if mean < math.inf or not stage.cells]
-        cells = reseeded(plan, stage.number, confirmed, "confirm")
+        cells = reseeded(plan, stage.number, [c for _, c in best.values()], "confirm")
     if stage.exact and not cells:
         return
     cost = stage.cost + sum(c.cost for c in cells)
     exact = replace(stage, cells=stage.cells + cells, low=cost, high=cost, exact=True)
     study.revise(plan.with_exact(exact), "fresh_planned", stage=stage.number)
-    log(f"Fresh seeds: {len(cells)} runs, each recipe at {where}.")
+    if cells:
+        log(f"Fresh seeds: {len(cells)} runs, each recipe at {where}.")

@@ -11,6 +11,7 @@ from forescale.config.compose import compose
 from forescale.ground.errors import UserError
 from forescale.scaling.analysis.multipliers import BaseCurve, Multipliers, as_dict, floor_of
 from forescale.scaling.config import StudyJob
+from forescale.scaling.report.recipes_page import _cells, _verdict, multipliers
 from tests.trainer.scaling.simulated_recipes import BUDGETS, E, law, runs
 
 JOB = compose(StudyJob, ["input=[none]"])
@@ -193,6 +194,46 @@ def test_a_recipe_that_won_by_the_bases_bad_luck_is_not_confirmed_by_it():
     assert top.confirmed.low < 1
     alone = pd.concat((table, fresh[fresh["recipe"] == "new"].assign(role="confirm")))
     assert multipliers_of(alone).candidates[0].top.confirmed is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "loss", "doubt"),
+    [
+        ("base", law(9e12), "base does not have its own loss at other budgets"),
+        ("base", np.inf, "or of base's diverged"),
+        ("new", np.inf, "one of them or of base's"),
+    ],
+)
+def test_fresh_seeds_without_an_answer_confirm_nothing(recipe, loss, doubt):
+    """new needs three times less by its search, and less than all of the base by fresh seeds."""
+    rng = np.random.default_rng(0)
+    table = runs(rng, {"new": 3.0}, noise=0.0005)
+    table["role"] = np.where(table["seed"] == 0, "rate", "seed")
+    is_top = (table["flops"] == BUDGETS[-1]) & (table["role"] == "seed")
+    fresh = runs(rng, {"new": 20.0}, noise=0.0005)[is_top].assign(role="confirm")
+    one = multipliers_of(pd.concat((table, fresh))).candidates[0]
+    assert one.is_winner
+    assert one.top.confirmed_reach[1] == pytest.approx(2.5, rel=0.02)
+    fresh.loc[fresh.index[fresh["recipe"] == recipe][:2], "loss"] = loss
+    results = multipliers_of(pd.concat((table, fresh)))
+    (one,) = results.candidates
+    assert np.isnan(one.top.confirmed.value)
+    assert not one.is_winner
+    assert any(doubt in line for line in results.doubts)
+    assert as_dict(results)["candidates"][0]["budgets"][-1]["confirmed"]["value"] is None
+    assert _verdict(one, results).startswith("no difference from base is shown at 1e+12 FLOPs, by")
+    assert _cells(one.top.confirmed, one.top.confirmed_reach) == ["unknown", "unknown"]
+    multipliers(results)
+
+
+def test_seeds_that_diverged_beside_others_are_named():
+    table = runs(np.random.default_rng(0), {"new": 1.5})
+    table["role"] = np.where(table["seed"] == 0, "rate", "seed")
+    assert not any("diverged" in line for line in multipliers_of(table).doubts)
+    of_new = (table["recipe"] == "new") & (table["flops"] == BUDGETS[0])
+    table.loc[of_new & (table["seed"] == 2), "loss"] = np.inf
+    (line,) = (d for d in multipliers_of(table).doubts if "diverged" in d)
+    assert line.startswith("Of new at 1e+11 some runs with other seeds diverged")
 
 
 def test_a_comparison_without_a_base_or_with_other_data_is_refused():

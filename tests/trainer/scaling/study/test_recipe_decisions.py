@@ -87,7 +87,7 @@ def test_fresh_seeds_of_both_have_the_settings_of_both_but_rates_of_another_opti
     study.revise(replace(plan, stages=tuple(stages), recipe_grid=grid, recipes=recipes), "planned")
     monkeypatch.setattr(study, "states", list)
     advance(study, lambda line: None)
-    cells = study.plan.stages[-1].cells
+    cells = [c for c in study.plan.stages[-1].cells if c.role == "crossed"]
     planned = {(c.recipe, c.cell_of): c for c in cells}
     assert len(cells) == 2 * len(planned) == 8
     base, moved = planned["base", "b3-base"], planned["base", "b3-new"]
@@ -102,7 +102,7 @@ def test_fresh_seeds_of_both_have_the_settings_of_both_but_rates_of_another_opti
     [
         ("base", "", {"base": "base", "new": "base", "other": "base"}),
         ("new", "", {"base": "new", "new": "new", "other": "new"}),  # by a third step of runs
-        ("other", "new", {"base": "other", "other": "other"}),
+        ("other", "new", {"base": "other", "new": "new", "other": "other"}),
     ],
 )
 def test_other_fresh_seeds_confirm_all_where_the_first_ones_were_best_and_the_base_too(
@@ -138,6 +138,64 @@ def test_other_fresh_seeds_confirm_all_where_the_first_ones_were_best_and_the_ba
     assert len(fresh) == 2 * len(settings)
     assert not {seed for *_, seed in crossed} & {seed for *_, seed in fresh}
     assert run("confirm") == fresh
+
+
+def test_what_failed_or_is_excluded_chooses_no_settings(study, monkeypatch):
+    """A setting that is out by an error would leave the choice unseen."""
+    tune(study)
+    seeds = {c.name: 0.2 for c in study.plan.cells if (c.recipe, c.role) == ("new", "seed")}
+    stages = [replace(s, cells=tuple(
+        replace(c, learning_rate=seeds.get(c.name, c.learning_rate)) for c in s.cells
+    )) for s in study.plan.stages]  # fmt: skip
+    study.revise(replace(study.plan, stages=tuple(stages)), "planned")
+    monkeypatch.setattr(
+        study, "states", lambda: [CellState(c, "ready") for c in study.plan.stages[-1].cells]
+    )
+    advance(study, lambda line: None)
+    fresh = study.plan.stages[-1].cells
+    at_new = [c for c in fresh if (c.recipe, c.cell_of) == ("base", "b3-new")]
+
+    def states(of_new):
+        return [CellState(c, of_new if c == at_new[0] else "complete", 2 + (c not in at_new))
+                for c in fresh]  # fmt: skip
+
+    monkeypatch.setattr(study, "states", lambda: states("failed"))
+    with pytest.raises(UserError, match=rf"can't compare settings: {at_new[0].name} failed.*retry"):
+        advance(study, lambda line: None)
+    monkeypatch.setattr(study, "states", lambda: [replace(s, status="excluded") if s.cell in at_new
+                                                  else s for s in states("complete")])  # fmt: skip
+    advance(study, lambda line: None)
+    confirmed = {(c.recipe, c.cell_of) for c in study.plan.stages[-1].cells if c.role == "confirm"}
+    assert confirmed == {("base", "b3-base"), ("new", "b3-new")}
+
+
+def test_all_get_the_settings_at_which_the_base_was_best_and_not_another_optimizers_rates(
+    tmp_path, monkeypatch
+):
+    """The base was best with the batch of `other`, whose optimizer has rates of its own."""
+    job = StudyJob(studies=str(tmp_path), study="own")
+    plan = plan_of(tmp_path, new="model.norm=layernorm", other="model.mlp=gelu")
+    study = Study.make(job.folder, job, plan, {})
+    tune(study)
+    rates = {"base": 0.1, "new": 0.2, "other": 0.3}
+    stages = [replace(s, cells=tuple(
+        replace(c, learning_rate=rates[c.recipe],
+                trial=replace(c.trial, batch=4.0 if c.recipe == "other" else 1.0))
+        if c.role == "seed" else c for c in s.cells
+    )) for s in study.plan.stages]  # fmt: skip
+    base, new, other = study.plan.recipes
+    study.revise(replace(
+        study.plan, stages=tuple(stages), recipes=(base, new, replace(other, rate=0.3)),
+        recipe_grid=replace(study.plan.recipe_grid, dials=("batch",)),
+    ), "planned")  # fmt: skip
+    monkeypatch.setattr(study, "states", list)
+    monkeypatch.setattr(study, "losses", lambda: {
+        c.name: 3 + (c.cell_of != "b3-other") for c in study.plan.stages[-1].cells
+    })  # fmt: skip
+    advance(study, lambda line: None)
+    cells = study.plan.stages[-1].cells
+    planned = {(c.recipe, c.cell_of): (c.learning_rate, c.trial.batch) for c in cells}
+    assert planned["base", "b3-other"] == planned["new", "b3-other"] == (0.1, 4.0)
 
 
 @pytest.mark.parametrize(
