@@ -215,6 +215,9 @@ def _t5_from_hf(base: ModelConfig, hf: dict[str, Any]) -> ModelConfig:
     only(hf, "is_encoder_decoder", True)
     buckets = hf.get("relative_attention_num_buckets", 32)
     farthest = hf.get("relative_attention_max_distance", 128)
+    if buckets < 4:  # T5 of transformers divides by a quarter of them, without its remainder
+        problem = f"its relative_attention_num_buckets is {buckets}: too few for near and far ones."
+        raise WrongValue(problem)
     if farthest <= buckets // 2:  # T5 of transformers divides by log(farthest / (buckets // 2))
         problem = f"half of its {buckets} buckets are for near distances"
         raise WrongValue(f"its relative_attention_max_distance is {farthest}, and {problem}.")

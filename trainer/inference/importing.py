@@ -48,7 +48,7 @@ from forescale.run.start import versions, with_its_config
 
 _LONGEST = 1 << 15  # tokens, of a class without positions; any number would do
 _GENERATION = "generation_config.json"
-# Keys of config.json, of ids that may stand between a source and its answer.
+# Keys of both, of ids that may stand between a source and its answer.
 _BEGINNINGS = ("decoder_start_token_id", "pad_token_id", "bos_token_id")
 _LONGEST_SOURCE = 512  # of T5's kin
 
@@ -296,7 +296,8 @@ def _separator(directory: HfDirectory | GgufFile, vocabulary: Vocabulary) -> int
             if token is not None and not _is_token(token, vocabulary):
                 problem = f"its {key} is {as_text(token)}, no token of its tokenizer"
                 raise UserError(str(source), problem, "correct it; nothing was written")
-    ids = [directory.config.get(key) for key in _BEGINNINGS] + [*range(vocabulary.size)]
+    config = directory.config | generation  # the latter counts in generate() of transformers
+    ids = [config.get(key) for key in _BEGINNINGS] + [*range(vocabulary.size)]
     before, behind = framing(vocabulary.load())
     around = {*before, *behind, vocabulary.end}
     return next(i for i in ids if _is_token(i, vocabulary) and i not in around)

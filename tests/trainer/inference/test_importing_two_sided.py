@@ -246,6 +246,7 @@ def test_an_encoder_comes_in_with_its_mask_token(folder_of, tmp_path, forescale)
         ("t5", {"n_positions": "512"}),
         ("t5", {"dropout_rate": float("nan")}),
         ("t5", {"relative_attention_max_distance": 4, "relative_attention_num_buckets": 8}),
+        ("t5", {"relative_attention_num_buckets": 2}),
         ("bert", {"num_hidden_layers": -4}),
     ],
 )
@@ -294,3 +295,12 @@ def test_a_beginning_of_answers_that_is_no_token_is_refused(key, folder_of, tmp_
     assert (code, err.count("\n")) == (2, 1), err
     assert f"generation_config.json: its {key} is 1000000000, no token of its tokenizer" in err
     assert not (tmp_path / "it").exists()
+
+
+def test_answers_begin_as_in_generate_where_two_files_declare_two_beginnings(
+    folder_of, tmp_path, forescale
+):
+    folder, _ = folder_of("t5")
+    (folder / "generation_config.json").write_text('{"decoder_start_token_id": 5}')
+    forescale.prints("import", "hf", folder, "it", f"run.root={tmp_path}")
+    assert open_run(tmp_path / "it").config.objective.separator == "5"
