@@ -289,8 +289,8 @@ class Multipliers:
         for c in self.candidates:
             if c.top.confirmed and np.isnan(c.top.confirmed.value):
                 yield (
-                    f"Fresh seeds of {c.name} give no answer: one of them or of {base}'s diverged, "
-                    f"or {base} does not have its own loss at other budgets."
+                    f"Fresh seeds of {c.name} give no answer: a run of it or of {base} diverged, "
+                    f"or those of {base} have a loss outside of its curve."
                 )
             if beyond := [p for p in c.places if not 0 < p.multiplier.value < np.inf]:
                 yield (

@@ -199,9 +199,9 @@ def test_a_recipe_that_won_by_the_bases_bad_luck_is_not_confirmed_by_it():
 @pytest.mark.parametrize(
     ("recipe", "loss", "doubt"),
     [
-        ("base", law(9e12), "base does not have its own loss at other budgets"),
-        ("base", np.inf, "or of base's diverged"),
-        ("new", np.inf, "one of them or of base's"),
+        ("base", law(9e12), "those of base have a loss outside of its curve"),
+        ("base", np.inf, "a run of it or of base diverged"),
+        ("new", np.inf, "a run of it or of base diverged"),
     ],
 )
 def test_fresh_seeds_without_an_answer_confirm_nothing(recipe, loss, doubt):
