@@ -115,10 +115,8 @@ def predicted(study: "StudyFit", columns: Mapping[str, Array], flops: Array) -> 
 
 
 def predict(study: "StudyFit", target: TargetPoint) -> Prediction | None:
-    """Return the prediction for a target, or None if it is empty.
-
-    Raises UserError if it is too far beyond the runs, or lacks what the law reads.
-    """
+    """Return the prediction for a target, or None if it is empty. Raises UserError if it is too far
+    beyond the runs, or lacks what the law reads."""
     if not target.is_given:
         return None
     columns, n, d, c = run_of(study, target)
@@ -196,10 +194,8 @@ def _parts(one: Forecaster, budget: float, loss: float) -> dict[str, tuple[float
 
 
 def run_of(study: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, float, float]:
-    """Return the columns that the law reads of a target, and its N, D and C.
-
-    FLOPs alone mean the compute-optimal run. Raises UserError if more values are needed.
-    """
+    """Return the columns that the law reads of a target, and its N, D and C. FLOPs alone mean the
+    compute-optimal run. Raises UserError if more values are needed."""
     n, d, c = t.parameters, t.tokens, t.flops
     form, per = study.form, study.per_token
     choice = _open(study, t)

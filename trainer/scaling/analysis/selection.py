@@ -28,9 +28,7 @@ _FEWEST = 3  # with fewer runs near the target's factor, the runs of the largest
 
 def law_of(table: pd.DataFrame, job: StudyJob, where: str) -> StudyFit:
     """Return the fit of the law `job.form`; for `auto`, of the law with the lowest backtest error.
-
-    Raises UserError if the runs determine no law.
-    """
+    Raises UserError if the runs determine no law."""
     if job.form != AUTO:
         return StudyFit(table, job, where)
     fits, why = dict[str, StudyFit](), list[UserError]()

@@ -48,10 +48,8 @@ class SensitivityRow:
 
 
 def sensitivity(study: "StudyFit", count: int = COUNT) -> list[SensitivityRow]:
-    """Return a row for every pair of conventions; conventions with equal numbers share one.
-
-    A single row means that the table has one convention.
-    """
+    """Return a row for every pair of conventions; conventions with equal numbers share one. A
+    single row means that the table has one convention."""
     mask, runs = study.is_fitted, study.points
     sizes: dict[str, Array | None]
     costs: dict[str, Array | None]

@@ -281,10 +281,8 @@ class TaskFit:
 
 
 def task_of(law: StudyFit, where: str) -> TaskFit | None:
-    """Return the fit of the job's `task` from the runs of a law, or None if it names none.
-
-    The records hold the metric as `outcome`. Raises UserError as TaskFit.
-    """
+    """Return the fit of the job's `task` from the runs of a law, or None if it names none. The
+    records hold the metric as `outcome`. Raises UserError as TaskFit."""
     if law.job.task is None:
         return None
     return TaskFit(law.job.task, law, where)

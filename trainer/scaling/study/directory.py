@@ -58,6 +58,8 @@ _GONE = re.compile(
     r"^(?:json: .*|weights: .*|resample: residuals|task(?:s|_losses):.*(?:\n .*)*)\n", re.MULTILINE
 )
 _DEFAULTS = ("json: false", "json: true", "weights: none", "tasks: {}", "task_losses: {}")
+# Columns of a study's records, beside those of their runs: what each run is there for.
+PLANNED = ("stage", "role", "cell_of", "batch", "fitted")
 TARGET = "target"  # name of the cell whose loss the study predicts
 
 
@@ -316,7 +318,7 @@ class Study:
         if table.empty:
             return table
         planned = [cells[name] for name in table["name"]]
-        columns = {"stage": "stage", "role": "role", "cell_of": "cell_of", "batch": "global_batch"}
+        columns = {c: c for c in PLANNED[:3]} | {"batch": "global_batch"}
         if self.plan.recipes:
             columns |= {c: c for c in ("recipe", "budget", "edges")}
         table = table.assign(**{c: [getattr(x, of) for x in planned] for c, of in columns.items()})

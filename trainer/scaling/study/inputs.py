@@ -10,6 +10,7 @@ error.
 """
 
 import glob
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ from forescale.scaling.analysis.task_fit import OUTCOME
 from forescale.scaling.config import StudyJob
 from forescale.scaling.records.records import of_runs
 from forescale.scaling.records.tables import SUFFIXES, column_of, is_export, of_export, read_export
-from forescale.scaling.study.directory import Study
+from forescale.scaling.study.directory import PLANNED, Study
 
 Group = tuple[str, pd.DataFrame, str]  # its name, its records, and their name in messages
 
@@ -42,6 +43,11 @@ def read(job: StudyJob) -> tuple[pd.DataFrame, str]:
         if len(paths) > 1:
             raise UserError("input", "mixes tables and runs", "give one table, or runs")
         table, refused = of_export(paths[0], job.columns, job.rows)
+        columns = {*_raw(table, job)} - {*table, "folder"}  # of runs that may be elsewhere
+        if columns >= {*PLANNED}:  # the records of a study's page, which say what counts
+            table = with_columns(table, job, sorted(columns))
+            if "edges" in table:
+                table["edges"] = [tuple(re.findall(r"\w+", str(x))) for x in table["edges"]]
     else:
         runs = [run for name in job.input for run in _runs(name, Path(job.run.root).expanduser())]
         table, refused = of_runs(runs)
