@@ -29,8 +29,8 @@ BANNED = {
 # A change that needs more lines lets others go, or raises the number here and says in its commit
 # which lines it looked at.
 BUDGETS = {
-    "lines of source": 98_324,
-    "lines of tests": 76_687,
+    "lines of source": 98_326,
+    "lines of tests": 76_689,
     "lines of the largest room": 16_500,  # scaling/; every other one is below 9,000
     "names that name nothing": 0,
     "file names that occur twice below a room": 0,

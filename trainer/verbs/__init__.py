@@ -47,7 +47,7 @@ VERBS = {
     "pin": "Keep a checkpoint for good; nothing deletes it.",
     "prune": "List the checkpoints that are no longer needed, and delete them.",
     "study": "Plan runs, launch them, fit a scaling law, predict a larger run, score predictions.",
-    "try": "Is a change better than the base? Pairs of runs, and a test that luck doesn't fool.",
+    "try": "Is a change better than the base? Pairs of runs, and a test that luck rarely fools.",
     "doctor": "Show what this machine offers for training, and how to fix what is missing.",
     "drill": "Inject faults into a tiny run, and show what it survives and at what cost.",
     "help": "Show a page of the manual, offline, or the list of its pages.",

@@ -1,4 +1,4 @@
-"""The compute multiplier of each recipe: the base's compute for its loss, over its own compute.
+"""The compute multiplier of each recipe: the base's compute for the recipe's loss / the recipe's.
 
     multiplier   m = C_base(L) / C: above 1, the recipe needs less compute than the base. C_base is
                  the base's own curve read backwards (BaseCurve), never extrapolated
@@ -294,15 +294,15 @@ class Multipliers:
                 )
             if beyond := [p for p in c.places if not 0 < p.multiplier.value < np.inf]:
                 yield (
-                    f"{c.name} has a loss that {base} never has at {len(beyond)} of "
-                    f"{len(c.places)} budgets: there the multiplier is only bounded, and mean and "
-                    "trend leave it out."
+                    f"At {len(beyond)} of {len(c.places)} budgets {c.name} has a loss that {base} "
+                    "never has: there the multiplier is only bounded, and mean and trend leave it "
+                    "out."
                 )
         winners = [c.name for c in self.candidates if c.is_winner and c.top.confirmed is None]
         if winners and len(self.candidates) > 1:
             yield (
                 f"{', '.join(winners)} won among {len(self.candidates)} recipes: the best of "
-                "several looks better than it is until fresh seeds confirm it."
+                "several often looks better than it is; only fresh seeds can confirm it."
             )
 
 
@@ -341,7 +341,7 @@ def _untuned(cells: Sequence[RecipeCell]) -> Iterator[str]:
     rest = [(c, ", ".join(x for x in c.edges if x != "rate")) for c in cells]
     if at := [f"{c.recipe} at {c.budget:.2g} ({names})" for c, names in rest if names]:
         yield (
-            f"Of {_few(at)} what is in brackets is best at the edge of what was tried, so that its "
+            f"{_few(at)}: the setting in brackets is best at the edge of those tried, so that the "
             "loss may be too high."
         )
     if {c.sizes for c in cells} == {1}:

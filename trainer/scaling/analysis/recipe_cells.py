@@ -9,7 +9,7 @@
     bracketed   worse learning rates were tried on both sides of the best one; edges: what was best
                 at the end of what was tried, such as size
 
-Invariant: runs that confirm a recipe (role confirm) are never among those that it is judged by.
+Invariant: runs that confirm a recipe (role confirm) are never among those that give its loss.
 """
 
 from collections.abc import Mapping

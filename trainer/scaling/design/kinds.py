@@ -190,7 +190,7 @@ def recipes_plan(job: StudyJob, common: Common) -> StudyPlan:
         f"each recipe has {grid.trials(2)} runs to find its size and settings at the lowest "
         f"budget, and {grid.trials(3)} at later ones, which begin where earlier ones ended",
         *[f"the last stage has {grid.fresh} fresh seeds of each at its own and others' settings, "
-          "and as many others at the best of these, which alone count"] * bool(grid.fresh),
+          "then as many more at the best of these, which alone count"] * bool(grid.fresh),
     ]  # fmt: skip
     notes += [note for stage in stages[1 : grid.top] for note in _without_effect(stage, recipes)]
     if grid.fresh:
@@ -238,16 +238,16 @@ def _without_effect(stage: StudyStage, recipes: Sequence[Recipe]) -> list[str]:
 
 
 def highest_seeds(plan: StudyPlan) -> dict[str, Cell]:
-    """Return a run with another seed at the highest budget, of each recipe that has one there; one
-    that always diverged has none."""
+    """Return a run with another seed of each recipe at the highest budget; a recipe that was left
+    out has none."""
     assert plan.recipe_grid is not None, "a study of recipes has a layout"
     return {c.recipe: c for c in plan.stage(plan.recipe_grid.top).cells if c.role == "seed"}
 
 
 def crossed_cells(plan: StudyPlan, stage: int, of_base: Cell) -> tuple[Cell, ...]:
-    """Return runs with fresh seeds of each recipe and of the base at the highest budget, at its own
-    settings and, where it can be trained so and they differ, at the other's; none if none do.
-    of_base: the base's best cell; once it is such a run, all have its settings too."""
+    """Return fresh seeds at the highest budget: each recipe at its best settings, each candidate at
+    the base's and the base at each candidate's, where they differ and can be trained; () if none
+    differ. of_base: the base's best cell; if it is one of these, all get its settings too."""
     grid, best = plan.recipe_grid, highest_seeds(plan)
     assert grid is not None, "a study of recipes has a layout"
     every, cells = [(r, best[r.name]) for r in plan.recipes if r.name in best], [*best.values()]
@@ -263,7 +263,7 @@ def crossed_cells(plan: StudyPlan, stage: int, of_base: Cell) -> tuple[Cell, ...
 
 
 def reseeded(plan: StudyPlan, stage: int, cells: Sequence[Cell], role: Role) -> tuple[Cell, ...]:
-    """Return runs of these cells with seeds that no run of another role has."""
+    """Return runs of these cells with new seeds; crossed ones, which choose, are named fresh."""
     assert plan.recipe_grid is not None, "a study of recipes has a layout"
     number, name = plan.recipe_grid.fresh, "fresh" if role == "crossed" else role
     first = plan.common.seed + _FRESH + number * (role == "confirm")

@@ -6,7 +6,7 @@
     a budget     of each recipe a search (search.py) for its best size and settings, and runs with
                  other seeds, which wait for the best of them
     fresh seeds  at the highest budget of all, of a recipe at its own settings, the base's and those
-                 that suit it, of the base at all; others at the best of these, which alone count
+                 that suit it, of the base at all; new ones at the best of these, which alone count
     settings     up to the lowest budget of all recipes also those of plan.dials, from the base's
                  best below it; later budgets take them over; what a recipe sets itself stays
 

@@ -61,8 +61,8 @@ def head_of(results: Multipliers) -> str:
     noise = f"{results.noise.sd:.2%}" if results.noise.free else "unknown"
     return (
         f"{len(results.candidates)} recipes against {results.base}, which has {len(cells)} budgets "
-        f"from {cells[0].flops:.3g} to {cells[-1].flops:.3g} FLOPs; {runs} runs at tuned learning "
-        f"rates; noise of a run by its seed {noise}."
+        f"from {cells[0].flops:.3g} to {cells[-1].flops:.3g} FLOPs; {runs} runs at the best "
+        f"settings; noise of a run by its seed {noise}."
     )
 
 
@@ -82,7 +82,9 @@ def recipe_sections(results: Multipliers) -> list[Section]:
     for c in base:
         at = [number(c.flops, 4), _size(c), number(np.exp(c.log_loss))]
         rows.append([c.recipe, *at, *[""] * (len(columns) - 4)])
-    rates: list[list[Cell]] = [["recipe", "C", "tried", "taken", "bracketed", "runs", "diverged"]]
+    rates: list[list[Cell]] = [
+        ["recipe", "C", "tried", "taken", "bracketed", "seeds", "diverged of all"]
+    ]
     for one in results.candidates:
         for p in one.places:
             fresh = _cells(p.confirmed, p.confirmed_reach)
@@ -90,13 +92,13 @@ def recipe_sections(results: Multipliers) -> list[Section]:
             values = [p.others[name].value for name in results.costs]
             others = [number(x) if 0 < x < np.inf else "-" for x in values]
             rows.append([one.name, *cells, *_cells(p.multiplier, p.reach), *others, *fresh])
-        for label, ratio in (("mean", one.mean), ("a decade", one.trend)):
+        for label, ratio in (("mean", one.mean), ("trend per tenfold C", one.trend)):
             if ratio is not None:
                 rows.append([one.name, label, "", "", *_cells(ratio), *[""] * (len(costs) + 2)])
     if results.costs:
         meaning += (
-            f" The other multipliers are what {results.base} needs for the same loss of "
-            f"{', '.join(costs)}, over what the recipe has, without intervals."
+            f" The other multipliers are what {results.base} needs of {', '.join(costs)} for the "
+            "same loss, divided by what the recipe has, without intervals."
         )
     if "seconds" in results.costs:
         meaning += (
@@ -138,16 +140,16 @@ def _verdict(one: Candidate, results: Multipliers) -> str:
     if not results.noise.free:
         text = f"{value} times {at}; without repeated runs nothing is shown."
     elif known.includes_one:
-        text = f"no difference from {results.base} is shown {at} ({level}: {ends})."
+        text = f"is not shown to differ from {results.base} {at} ({level}: {ends})."
     else:
         less = "less" if known.low > 1 else "more"
         text = f"needs {less} compute than {results.base} {at}: {value} ({level}: {ends})."
     if one.trend is None or not results.noise.free:
         return text
-    by = f"{one.trend.value:.3g} times a decade ({_interval(one.trend)})"
+    by = f"{one.trend.value:.3g} times per tenfold compute, by searches ({_interval(one.trend)})"
     if one.trend.includes_one:
         return f"{text} No trend is shown: {by}."
-    return f"{text} It {'grows' if one.trend.value > 1 else 'shrinks'} with compute: {by}."
+    return f"{text} Its gain {'grows' if one.trend.value > 1 else 'shrinks'} with compute: {by}."
 
 
 def _value(ratio: Ratio, reach: tuple[float, float]) -> str:

@@ -43,9 +43,9 @@ def read(job: StudyJob) -> tuple[pd.DataFrame, str]:
         if len(paths) > 1:
             raise UserError("input", "mixes tables and runs", "give one table, or runs")
         table, refused = of_export(paths[0], job.columns, job.rows)
-        columns = {*_raw(table, job)} - {*table, "folder"}  # of runs that may be elsewhere
-        if columns >= {*PLANNED}:  # the records of a study's page, which say what counts
-            table = with_columns(table, job, sorted(columns))
+        raw = {*_raw(table, job)}
+        if raw >= {*PLANNED, f"flops_{job.cost}", f"parameters_{job.size}"}:  # of a study's page
+            table = with_columns(table, job, sorted(raw - {*table, "folder"}))
             if "edges" in table:
                 table["edges"] = [tuple(re.findall(r"\w+", str(x))) for x in table["edges"]]
     else:

@@ -5,7 +5,7 @@
     recipe_dropped   a candidate whose search gave no loss: its later runs are left out
     stage_centred    once all have ended, the searches of the next budget, around the best so far
     fresh_planned    fresh seeds at the highest budget, once all else has ended, in three steps:
-                     of each pair crossed, of all where the base was best, others at the best
+                     settings swapped with the base, all at the base's best, new seeds at each best
 
 Invariant: a search is a function of the plan and of the losses, so that the same ones give the same
 runs even if the process was killed in between.
@@ -83,7 +83,7 @@ def _described(best: Cell) -> str:
 
 def earlier_seeds(plan: StudyPlan, recipe: str, before: int) -> list[Cell]:
     """Return a seed of each budget of a recipe whose search has ended, below stage `before`; of the
-    base, if it has none: else the base alone would begin its next search where another ended."""
+    base if the recipe has none: else only the base would begin from an earlier search."""
     seeds = {s.number: c for s in plan.stages if s.exact and s.number < before for c in s.cells
              if c.recipe == recipe and c.role == "seed" and not c.waits_for}  # fmt: skip
     return [*seeds.values()] if seeds or recipe == BASE else earlier_seeds(plan, BASE, before)
@@ -135,14 +135,14 @@ def decide_recipes(study: Study, stage: StudyStage, log: Log) -> None:
 
 
 def plan_fresh(study: Study, stage: StudyStage, log: Log) -> None:
-    """Add the next runs with fresh seeds once those so far have ended: crossed ones, those of all
-    where the base was best, and others of each where it was best, which confirm it."""
+    """Add the next fresh seeds once those so far have ended: at settings swapped with the base's,
+    then all at the base's best settings, then new seeds of each at its own best, to confirm it."""
     states, plan, losses, excluded = study.states(), study.plan, study.losses(), study.excluded()
     if {c.role for c in stage.cells} - {"crossed"} or not all(s.has_ended for s in states):
         return
     crossed = [c for c in stage.cells if c.name not in excluded]
     if failed := [s.cell.name for s in states if s.status == "failed" and s.cell in crossed]:
-        # Without a loss by an error, not by its settings, which would be out of the choice unseen.
+        # By an error, not by its settings, which would drop out of the choice unnoticed.
         raise no_rate(study, stage.number, f"can't compare settings: {failed[0]} failed")
     best = {name: (math.inf, c) for name, c in highest_seeds(plan).items()}
     for c in crossed:
@@ -152,7 +152,7 @@ def plan_fresh(study: Study, stage: StudyStage, log: Log) -> None:
         best[c.recipe] = min(best[c.recipe], (mean, c), key=itemgetter(0))
     names, of_base = {c.name for c in stage.cells}, best[BASE][1]
     cells = tuple(c for c in crossed_cells(plan, stage.number, of_base) if c.name not in names)
-    where = "settings of its own and of others" if cells else "its best settings"
+    where = "of its own and of others, to choose" if cells else "at which it was best, to confirm"
     if not cells and len(best) > 1:
         cells = reseeded(plan, stage.number, [c for _, c in best.values()], "confirm")
     if stage.exact and not cells:
@@ -161,4 +161,4 @@ def plan_fresh(study: Study, stage: StudyStage, log: Log) -> None:
     exact = replace(stage, cells=stage.cells + cells, low=cost, high=cost, exact=True)
     study.revise(plan.with_exact(exact), "fresh_planned", stage=stage.number)
     if cells:
-        log(f"Fresh seeds: {len(cells)} runs, each recipe at {where}.")
+        log(f"Fresh seeds: {len(cells)} runs, each recipe at settings {where}.")

@@ -87,7 +87,9 @@ def test_the_best_of_several_sizes_counts_and_one_at_the_edge_is_named():
     worse = [table.assign(parameters=n, loss=table["loss"] * 1.1) for n in (1e5, 4e5)]
     assert by_name(pd.concat((table, *worse)))["new"].mean.value == pytest.approx(1.5, rel=4e-3)
     doubts = multipliers_of(pd.concat((table, worse[0], worse[1].assign(parameters=5e4)))).doubts
-    assert any("(size) and 4 more what is in brackets is best at the edge" in d for d in doubts)
+    assert any(
+        "(size) and 4 more: the setting in brackets is best at the edge" in d for d in doubts
+    )
 
 
 def test_a_loss_beyond_the_base_gives_a_bound_and_no_number():
@@ -221,7 +223,7 @@ def test_fresh_seeds_without_an_answer_confirm_nothing(recipe, loss, doubt):
     assert not one.is_winner
     assert any(doubt in line for line in results.doubts)
     assert as_dict(results)["candidates"][0]["budgets"][-1]["confirmed"]["value"] is None
-    assert _verdict(one, results).startswith("no difference from base is shown at 1e+12 FLOPs, by")
+    assert _verdict(one, results).startswith("is not shown to differ from base at 1e+12 FLOPs, by")
     assert _cells(one.top.confirmed, one.top.confirmed_reach) == ["unknown", "unknown"]
     multipliers(results)
 
