@@ -19,6 +19,7 @@ from tests.trainer.inspection.test_numbers import close
 # By kind: the matrices whose outputs the mixer and the MLP of a layer return.
 MATRICES = {
     "mistral": ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"),
+    "falcon": ("transformer.h.{}.self_attention.dense", "transformer.h.{}.mlp.dense_4h_to_h"),
     "phi": ("model.layers.{}.self_attn.dense", "model.layers.{}.mlp.fc2"),
     "gpt2": ("transformer.h.{}.attn.c_proj", "transformer.h.{}.mlp.c_proj"),
     "gemma2": ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"),
@@ -26,7 +27,7 @@ MATRICES = {
     "deepseek_v3": ("model.layers.{}.self_attn.o_proj", ""),
     "mamba": ("backbone.layers.{}.mixer.out_proj", ""),
 }
-WITH_MAPS = [kind for kind in MATRICES if kind != "mamba"]
+WITH_MAPS = [kind for kind in MATRICES if kind not in ("mamba", "falcon")]
 
 
 @pytest.mark.parametrize("kind", WITH_MAPS)
@@ -70,9 +71,11 @@ def test_a_part_or_a_head_without_its_matrix(kind):
         if kind != "mamba":
             part = model.inner.get_submodule(mixer)
             size = part.weight.shape[type(part).__name__ != "Conv1D"] // 2
-            for head in (0, 1):
+            # Before transformers 5.25, Falcon returned weights that it did not use: no heads.
+            assert len(result.heads[layer]) in ((0, 2) if kind == "falcon" else (2,))
+            for head, change in enumerate(result.heads[layer]):
                 rows = slice(head * size, (head + 1) * size)
-                close(result.heads[layer][head], without(rows, mixer))
+                close(change, without(rows, mixer))
 
 
 def test_a_trace_goes_from_the_noise_back_to_the_clean_text():
@@ -83,15 +86,12 @@ def test_a_trace_goes_from_the_noise_back_to_the_clean_text():
     close(trace.restored["stream"][-1][:-1], [trace.corrupted] * 12)
 
 
-@pytest.mark.parametrize("kind", ["bloom", "opt", "falcon"])
+@pytest.mark.parametrize("kind", ["bloom", "opt"])
 def test_parts_that_a_class_does_not_add_have_no_number(kind):
     """BLOOM's parts return the stream itself, and OPT's MLP is no module."""
-    model, x = any_model(kind).eval(), tokens_of(1, 7)[0]
-    reading = read(model, x.tolist(), subject=(2, 4))
-    assert all((x is None) == (kind != "falcon") for x in reading.ablation.mixers)
-    assert [*reading.trace.restored] == (
-        ["stream", "mixer", "mlp"] if kind == "falcon" else ["stream"]
-    )
+    reading = read(any_model(kind).eval(), tokens_of(1, 7)[0].tolist(), subject=(2, 4))
+    assert reading.ablation.mixers == [None] * len(reading.layers)
+    assert [*reading.trace.restored] == ["stream"]
     for layer in reading.layers:
         assert bool(layer.heads) == (kind == "opt")
         close(layer.maps.sum(-1), torch.ones(layer.maps.shape[:2]))
